@@ -1,0 +1,1 @@
+"""Streaming LLM inference with Apache Beam and Dataflow: from a model's name to a running job."""
