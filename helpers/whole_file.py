@@ -1,0 +1,82 @@
+"""Files that appear whole or not at all: written beside their name, locked while written, then renamed."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, and two writers of one file are the user's to avoid.
+    fcntl = None
+
+
+class FileBusyError(OSError):
+    """Another process is writing the same file."""
+
+
+def partial_path(path: str | os.PathLike) -> Path:
+    """The name that a file has while it is being written. It is always the same, so that an interrupted
+    writer's leftover is found and replaced by the next one, whatever killed the first."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextmanager
+def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterator[BinaryIO]:
+    """Opens `path` for writing; the file stands at `path` when the block ends well, and not before.
+
+    Args:
+        path: the file to write. Its folder is created.
+        wait_seconds: how long to wait for another process that is writing the same file.
+
+    Yields:
+        An empty file, open for reading and writing in binary mode, whose `.name` is its temporary path.
+
+    Raises:
+        FileBusyError: another process was still writing the file after `wait_seconds`.
+    """
+    path, partial = Path(path), partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _open_locked(partial, wait_seconds)
+    try:
+        file.truncate(0)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        file.close()
+
+
+def _open_locked(partial: Path, wait_seconds: float) -> BinaryIO:
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        file = open(  # noqa: SIM115 - whole_or_absent closes it
+            partial, "r+b", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+        )
+        if _lock(file):
+            return file
+        file.close()
+        if time.monotonic() >= deadline:
+            raise FileBusyError(
+                f"another process is writing {partial}; wait until it has ended, then try again"
+            )
+        time.sleep(0.1)
+
+
+def _lock(file: BinaryIO) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The previous writer may have renamed or removed this very file between our open and our lock: then
+        # what we hold is its finished file, which must not be truncated.
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, FileNotFoundError):
+        return False
