@@ -1,0 +1,94 @@
+"""Runs a command with this machine in Google Cloud's place, and returns the command's exit code."""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+from .child import serve
+from .server import DEFAULT_PROJECT, LocalCloud, LocalCloudError
+
+DEFAULT_FOLDER = ".local_cloud"
+START_FAILED, NOT_EXECUTABLE, NOT_FOUND = 2, 126, 127
+KILL_SECONDS = 10
+
+
+def main() -> int:
+    """The command line.
+
+    Beside the command's own, exit codes are a shell's: 2, 126, 127, 128 + a signal.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.local_cloud",
+        description="Run COMMAND with this machine in Google Cloud's place: Cloud Storage, Pub/Sub, "
+        "Vertex AI custom jobs and Dataflow on 127.0.0.1, reached by Google's own clients as they are.",
+    )
+    parser.add_argument(
+        "--dir", default=DEFAULT_FOLDER, help=f"folder for objects and logs ({DEFAULT_FOLDER})"
+    )
+    parser.add_argument("--project", default=DEFAULT_PROJECT, help=f"the project's id ({DEFAULT_PROJECT})")
+    parser.add_argument("--port", type=int, default=0, help="the proxy's port (the system chooses)")
+    parser.add_argument("--offline", action="store_true", help="refuse hosts that are not Google's")
+    parser.add_argument("--serve", type=int, metavar="PARENT", help=argparse.SUPPRESS)
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
+    options = parser.parse_args()
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command and options.serve is None:
+        parser.error("name the COMMAND to run")
+    try:
+        cloud = LocalCloud(options.dir, options.project, options.offline, options.port)
+    except LocalCloudError as error:
+        print(f"local cloud: {error}", file=sys.stderr)
+        return START_FAILED
+    with cloud:
+        if options.serve is not None:
+            serve(cloud, options.serve)
+            return 0
+        return _run(command, {**os.environ, **cloud.environment})
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Runs the command to its end; signals for this process go on to it."""
+    program = shutil.which(command[0], path=environment.get("PATH"))
+    if program is None:
+        exists = os.path.exists(command[0])
+        print(f"local cloud: {command[0]}: {'not executable' if exists else 'not found'}", file=sys.stderr)
+        return NOT_EXECUTABLE if exists else NOT_FOUND
+    process = subprocess.Popen([*_die_with_parent(), *command], env=environment)
+
+    def interrupt(*_) -> None:
+        # Ctrl-C reaches the whole foreground group, the command included; a signal sent to this process does
+        # not.
+        if not _in_foreground():
+            process.send_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _in_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return False
+
+
+def _die_with_parent() -> list[str]:
+    """What to put before a command so that it ends when this process is killed; Linux can do that."""
+    if sys.platform != "linux":
+        return []
+    program = (
+        "import ctypes, os, signal, sys\n"
+        "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"  # PR_SET_PDEATHSIG, kept over exec
+        f"if os.getppid() == {os.getpid()}: os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", program]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The services, the proxy before them, and what starts and stops them together."""
+
+import contextlib
+import errno
+import logging
+import os
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+
+from . import certificates, environment
+from .http_server import Request, Router
+from .proxy import Proxy, Upstream
+from .scratch import Scratch
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PROJECT = "local-project"
+# Each StreamingPull keeps a thread of the gRPC server for as long as it is open.
+GRPC_THREADS = 128
+GRPC_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
+
+
+class LocalCloudError(RuntimeError):
+    """The local cloud cannot start; the message says why and what to do."""
+
+
+class LocalCloud:
+    """The services of this process. `environment` leads clients to them; `storage_root` holds the objects."""
+
+    def __init__(
+        self, folder: str | Path, project: str = DEFAULT_PROJECT, offline: bool = False, port: int = 0
+    ):
+        self.folder = prepare_folder(folder)
+        self.project = project
+        self.storage_root = self.folder / "storage"
+        self._on_stop = contextlib.ExitStack()
+        try:
+            self._start(offline, port)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, offline: bool, port: int) -> None:
+        scratch = Scratch(self.folder / "run")
+        self._on_stop.callback(scratch.remove)
+        certificate = certificates.make_certificate()
+        grpc_server = grpc.server(futures.ThreadPoolExecutor(GRPC_THREADS), options=GRPC_OPTIONS)
+        identity = grpc.ssl_server_credentials([(certificate.key, certificate.certificate)])
+        router = Router()
+        try:
+            proxy = Proxy(
+                port,
+                tls=certificates.server_context(certificate, scratch.path),
+                router=router,
+                grpc_port=grpc_server.add_secure_port("127.0.0.1:0", identity),
+                offline=offline,
+                upstream=Upstream.from_environment(),
+            )
+        except OSError as error:
+            raise _port_error(port, error) from None
+        self._on_stop.callback(proxy.stop)
+        ca_file = scratch.path / "ca.pem"
+        ca_file.write_bytes(environment.ca_bundle(certificate.authority))
+        self.environment = environment.variables(
+            proxy_url=proxy.url,
+            ca_file=ca_file,
+            credentials=certificates.write_private(
+                scratch.path / "credentials.json", certificates.service_account(self.project)
+            ),
+            folder=self.folder,
+            project=self.project,
+            offline=offline,
+        )
+        self._add_services(grpc_server, router)
+        grpc_server.start()
+        self._on_stop.callback(lambda: grpc_server.stop(grace=0.5).wait(5))
+        proxy.start()
+
+    def _add_services(self, grpc_server: grpc.Server, router: Router) -> None:
+        _add_authentication(router)
+        for service in _services(self.folder, self.storage_root, {**os.environ, **self.environment}):
+            service.register(grpc_server)
+            self._on_stop.callback(service.stop)
+        grpc_server.add_generic_rpc_handlers((_NotImitated(),))
+
+    def stop(self) -> None:
+        """Ends every service and every process they started, and removes the throw-away keys.
+
+        Objects stay.
+        """
+        self._on_stop.close()
+
+    def __enter__(self) -> "LocalCloud":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+
+def _services(folder: Path, storage_root: Path, process_environment: dict[str, str]):
+    import importlib
+
+    for module, name, arguments in (
+        ("pubsub", "PubSub", ()),
+        ("vertex_ai", "VertexAI", (folder / "vertex_ai", storage_root, process_environment)),
+        ("dataflow", "Dataflow", (folder / "dataflow", storage_root, process_environment)),
+    ):
+        with contextlib.suppress(ImportError):
+            yield getattr(importlib.import_module(f"{__package__}.{module}"), name)(*arguments)
+
+
+class _NotImitated(grpc.GenericRpcHandler):
+    """Takes the calls that no service has taken."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def refuse(_, context: grpc.ServicerContext):
+            log.warning("not imitated by the local cloud: %s", details.method)
+            context.abort(
+                grpc.StatusCode.UNIMPLEMENTED, f"{details.method} is not imitated by the local cloud."
+            )
+
+        # Nothing is read or written, so the widest kind of call stands for all four.
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _add_authentication(router: Router) -> None:
+    """What google-auth asks before the first call: an access token, and in which regions it may be used."""
+
+    @router.route("POST", "/token", host="oauth2.googleapis.com")
+    def token(_: Request) -> dict:
+        return {"access_token": "local-cloud", "expires_in": 3600, "token_type": "Bearer"}
+
+    @router.route(
+        "GET",
+        "/v1/projects/{project}/serviceAccounts/{account}/allowedLocations",
+        host="iamcredentials.googleapis.com",
+    )
+    def allowed_locations(_: Request, project: str, account: str) -> dict:
+        return {"locations": [], "encodedLocations": "0x0"}
+
+
+def prepare_folder(folder: str | Path) -> Path:
+    """The folder, made if it is missing. Raises LocalCloudError when it cannot be written to."""
+    folder = Path(folder).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise LocalCloudError(f"{folder} cannot be used: {error.strerror}. Name another folder.") from None
+    if not writable:
+        raise LocalCloudError(f"{folder} cannot be written to. Name another folder.")
+    return folder
+
+
+def _port_error(port: int, error: OSError) -> LocalCloudError:
+    if error.errno == errno.EADDRINUSE:
+        return LocalCloudError(
+            f"Port {port} is taken. Name another, or none: the system then chooses a free one."
+        )
+    return LocalCloudError(f"Port {port} cannot be used: {error.strerror}. Name another, or none.")
