@@ -21,6 +21,7 @@ class Child:
 
     def __init__(self, process: subprocess.Popen, environment: dict[str, str], folder: Path, log: Path):
         self.environment = environment
+        self.project = environment["LOCAL_CLOUD_PROJECT"]
         self.folder = folder
         self.storage_root = folder / "storage"
         self.log = log

@@ -1,0 +1,77 @@
+"""One local cloud for the whole test run, offline, in a temporary folder."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from helpers.local_cloud import Child, launch
+
+# A developer's own emulators would take the place of the services under test.
+for variable in ("PUBSUB_EMULATOR_HOST", "STORAGE_EMULATOR_HOST"):
+    os.environ.pop(variable, None)
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory) -> Iterator[Child]:
+    """The running local cloud; its environment is this process's own for as long as the tests run."""
+    child = launch(tmp_path_factory.mktemp("local_cloud"), project="test-project", offline=True)
+    before = {name: os.environ.get(name) for name in child.environment}
+    os.environ.update(child.environment)
+    try:
+        yield child
+    finally:
+        child.stop()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+    wait_until(lambda: not strays(child.folder), "processes of the local cloud have outlived it", 10)
+
+
+@pytest.fixture(scope="session")
+def storage_client(cloud):
+    """A Cloud Storage client of the local cloud."""
+    from google.cloud import storage
+
+    return storage.Client(project=cloud.project)
+
+
+@pytest.fixture
+def bucket(storage_client):
+    """A new and empty bucket, removed with all it holds after the test."""
+    bucket = storage_client.create_bucket(f"test-{uuid.uuid4().hex[:20]}")
+    yield bucket
+    for blob in storage_client.list_blobs(bucket):
+        blob.delete()
+    bucket.delete()
+
+
+def wait_until(condition: Callable[[], object], failure: str, seconds: float = 30) -> object:
+    """Polls until the condition holds and returns its value; fails the test when it never does."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{failure} (waited {seconds} s)")
+        time.sleep(0.02)
+    return value
+
+
+def strays(folder) -> list[psutil.Process]:
+    """Processes that serve, or were started by, the local cloud on `folder`, save this one's own children."""
+    own = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            of_it = (
+                process.environ().get("LOCAL_CLOUD_DIR") == str(folder) or str(folder) in process.cmdline()
+            )
+            if process.pid not in own and of_it:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
