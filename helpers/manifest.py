@@ -27,7 +27,8 @@ class Manifest:
         bytes: the size of the `.pt` file.
         crc32c: of the `.pt` file, in base64, as Cloud Storage writes it.
         tied: groups of names in the state dict that share one tensor.
-        source: the checkpoint it was made from: a hub revision, or a fingerprint of a folder's files.
+        files: the names of the other files in the companion folder.
+        source: the fingerprint of the checkpoint folder that it was made from; empty for a model by name.
         flushed_to_zero: the share of its numbers, 0 to 1, that are zero here and not in the source.
         largest_relative_error: of its numbers that are not zero, against the source.
         versions: of the packages that wrote it.
@@ -39,6 +40,7 @@ class Manifest:
     bytes: int
     crc32c: str
     tied: list[list[str]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     source: str = ""
     flushed_to_zero: float = 0.0
     largest_relative_error: float = 0.0

@@ -94,6 +94,21 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         return _blob(path).download_as_bytes()
 
 
+def list_files(folder: str | os.PathLike) -> list[str]:
+    """The paths of the files or objects directly in `folder`, in the order of their names.
+
+    Raises:
+        FileNotFoundError: the bucket does not exist, or there is no such folder on this machine.
+        PermissionError, StorageError: Cloud Storage could not be asked.
+    """
+    if not is_cloud(folder):
+        return sorted(str(path) for path in Path(folder).iterdir() if path.is_file())
+    bucket, name = parse(str(folder))
+    with _explained(folder):
+        blobs = _client().list_blobs(bucket, prefix=f"{name.rstrip('/')}/", delimiter="/")
+        return [f"gs://{bucket}/{blob.name}" for blob in blobs if not blob.name.endswith("/")]
+
+
 def size_and_crc32c(path: str | os.PathLike) -> tuple[int, str]:
     """The size in bytes and the CRC-32C (base64): read for a local file, asked for in Cloud Storage.
 
@@ -137,6 +152,26 @@ def download(
     return None
 
 
+def download_folder(path: str, local_folder: str | os.PathLike) -> Path:
+    """Downloads the objects right under `path/`, those that are not there already, and returns the folder.
+
+    Raises:
+        FileNotFoundError: there are none, or the bucket does not exist.
+        PermissionError, StorageError: as `read_bytes`.
+    """
+    folder = path.rstrip("/") + "/"
+    with _explained(folder):
+        bucket, prefix = parse(folder)
+        names = [blob.name for blob in _client().list_blobs(bucket, prefix=prefix, delimiter="/")]
+    if not names:
+        raise FileNotFoundError(f"{folder} holds nothing: check the path")
+    for name in names:
+        local_file = Path(local_folder) / name.removeprefix(prefix)
+        if not local_file.exists():  # files appear whole
+            download(f"gs://{bucket}/{name}", local_file)
+    return Path(local_folder)
+
+
 def upload(
     local_file: str | os.PathLike,
     path: str | os.PathLike,
@@ -145,8 +180,8 @@ def upload(
 ) -> None:
     """Copies a local file to `path`, where it appears whole and checked or not at all.
 
-    A large file goes up as parts in parallel, under `PATH.parts/`, which Cloud Storage then composes; parts of
-    an interrupted upload are used again by the next one. An identical object at `path` is left as it is.
+    A large file goes up as parts in parallel, under `PATH.parts/`, which Cloud Storage then composes; parts
+    of an interrupted upload are used again by the next one. An identical object at `path` is left as it is.
 
     Raises:
         FileExistsError: there is another file at `path`, and `overwrite` is False.
@@ -175,10 +210,26 @@ def upload(
         if (blob.size, blob.crc32c) != (size, crc32c):
             blob.delete(if_generation_match=blob.generation)
             raise StorageError(
-                f"{path} arrived damaged (crc32c {blob.crc32c}, should be {crc32c}), and was deleted: try again"
+                f"{path} arrived damaged (crc32c {blob.crc32c}, not {crc32c}) and was deleted: try again"
             )
         _delete_parts(path)
     return None
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Asks whether the bucket of a `gs://` path lets the account in use write, read and delete objects.
+
+    Raises:
+        FileNotFoundError: the bucket does not exist.
+        PermissionError: one of the permissions is missing; the message says which.
+        StorageError: Cloud Storage could not be asked.
+    """
+    bucket, _ = parse(str(path))
+    needed = [f"storage.objects.{verb}" for verb in ("create", "delete", "get", "list")]
+    with _explained(path):
+        granted = _client().bucket(bucket).test_iam_permissions(needed)
+    if missing := sorted(set(needed) - set(granted)):
+        raise PermissionError(f"no permission for {path} ({', '.join(missing)}): {_grant(bucket)}")
 
 
 def delete(path: str | os.PathLike) -> None:
@@ -324,6 +375,10 @@ def _exists_already(path: str | os.PathLike) -> FileExistsError:
     return FileExistsError(f"{path} exists already: choose another path, or ask for overwriting")
 
 
+def _grant(bucket: str) -> str:
+    return f"give the account in use the role roles/storage.objectUser on {bucket!r}, or use another bucket"
+
+
 def _names_the_bucket(error: Exception) -> bool:
     return "bucket does not exist" in str(error)
 
@@ -345,10 +400,7 @@ def _explained(path: str | os.PathLike) -> Iterator[None]:
             ) from error
         raise FileNotFoundError(f"{path} does not exist: check the path, or write it first") from error
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-        raise PermissionError(
-            f"no permission for {path} ({error.message}): give the account in use the role "
-            f"roles/storage.objectUser on bucket {bucket!r}, or use another bucket"
-        ) from error
+        raise PermissionError(f"no permission for {path} ({error.message}): {_grant(bucket)}") from error
     except exceptions.PreconditionFailed as error:
         raise FileExistsError(
             f"{path} was written by somebody else in the meantime: look at it first"

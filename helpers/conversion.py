@@ -1,0 +1,125 @@
+"""A checkpoint folder to a state dict on this machine, tensor by tensor, and its companion folder."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from helpers.checkpoint import Checkpoint
+from helpers.checkpoint_keys import empty_model, plan_state_dict
+from helpers.companion_files import has_tokenizer, write_companion_files
+from helpers.manifest import MANIFEST, Manifest, companion_folder, crc32c_of
+from helpers.rounding import DTYPES, RoundingReport, rounded, rounded_dtype
+from helpers.state_dict_file import Place, StateDictFile
+from helpers.whole_file import partial_path, whole_or_absent
+
+SPARE_BYTES = 64 * 2**20
+"""Disk that must be free beside the state dict: for the companion folder."""
+
+
+def write_state_dict(
+    model_name: str, folder: Path, path: Path, dtype: str, source: str, progress: bool = True
+) -> Manifest:
+    """Writes the companion folder, then the state dict, which appears at `path` whole and read back.
+
+    Args:
+        model_name: for the manifest.
+        folder: an ordinary checkpoint.
+        path: a local path that ends with `.pt`; a state dict that is there is replaced.
+        dtype: a key of `DTYPES`.
+        source: for the manifest.
+        progress: whether to show a bar, in bytes written.
+
+    Raises:
+        CheckpointError, RoundingError, OSError: as `helpers.load_state_dict.convert`.
+    """
+    plan = plan_state_dict(Checkpoint(folder), empty_model(folder))
+    target = DTYPES[dtype]
+    places = [(w.spec.shape, rounded_dtype(w.spec.dtype, target), w.names) for w in plan.weights]
+    size = sum(shape.numel() * kind.itemsize for shape, kind, _ in places)
+    _check_disk(path, size)
+    if plan.unused:
+        tqdm.write(
+            f"Not used of {folder}: {len(plan.unused)} tensors that the model has no place for, such as "
+            f"{plan.unused[0]}"
+        )
+    report = RoundingReport()
+    with (
+        whole_or_absent(path) as file,
+        tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
+    ):
+        state_dict = StateDictFile(file, plan.names, places)
+        for index, weight in enumerate(plan.weights):
+            state_dict.write(index, rounded(weight.load(), target, weight.names[0], report))
+            bar.update(weight.spec.numel() * places[index][1].itemsize)
+        state_dict.finish()
+        _read_back(file.name, plan.names, places)
+        manifest = Manifest(
+            model_name=model_name,
+            dtype=dtype,
+            parameters=report.numbers,
+            bytes=os.path.getsize(file.name),
+            crc32c=crc32c_of(file.name),
+            tied=[weight.names for weight in plan.weights if len(weight.names) > 1],
+            files=_write_companion_files(folder, path),
+            source=source,
+            flushed_to_zero=report.flushed_share,
+            largest_relative_error=report.largest_relative_error,
+            versions={
+                name: importlib.metadata.version(name) for name in ("safetensors", "torch", "transformers")
+            },
+        )
+        with whole_or_absent(Path(companion_folder(path)) / MANIFEST) as manifest_file:
+            manifest_file.write(manifest.to_json().encode())
+    return manifest
+
+
+def _check_disk(path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leftover = partial_path(path)
+    free = shutil.disk_usage(path.parent).free
+    if leftover.exists():
+        free += leftover.stat().st_blocks * 512
+    if free < size + SPARE_BYTES:
+        raise OSError(
+            f"{path} needs {(size + SPARE_BYTES) / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free in "
+            f"{path.parent}: free some, or write to another disk (for gs:// paths: set XDG_CACHE_HOME to it)"
+        )
+
+
+def _read_back(file_name: str, names: list[str], places: list[Place]) -> None:
+    """Reads the file as its users will. The checksums cover its bytes; this is about its structure."""
+    found = torch.load(file_name, mmap=True, weights_only=True)
+    if list(found) != names:
+        raise RuntimeError(
+            "the state dict has not the names written to it: report this, with torch's version"
+        )
+    for shape, dtype, shared in places:
+        same = {found[name].untyped_storage().data_ptr() for name in shared}
+        if len(same) > 1 or any((found[name].shape, found[name].dtype) != (shape, dtype) for name in shared):
+            raise RuntimeError(
+                f"{shared[0]} came out otherwise than written: report this, with torch's version"
+            )
+
+
+def _write_companion_files(folder: Path, path: Path) -> list[str]:
+    companion = Path(companion_folder(path))
+    names = write_companion_files(folder, companion)
+    if not has_tokenizer(names):
+        tqdm.write(f"No tokenizer in {folder}: put its files into {companion} before serving the model")
+    for name in set(_earlier_files(companion)) - set(names):
+        # Another model was here: a tokenizer file of its own would be taken for this model's.
+        if Path(name).name == name:
+            (companion / name).unlink(missing_ok=True)
+    return names
+
+
+def _earlier_files(companion: Path) -> list[str]:
+    try:
+        return json.loads((companion / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,100 @@
+"""Rounding weights to a smaller dtype, and telling what that did to them.
+
+float16 has 10 bits of fraction and reaches from 6e-8 to 65504; bfloat16 has 7, and float32's reach. So
+float16 is more exact for weights of ordinary size, but overflows above 65504 and turns very small ones into zeros.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+CHUNK = 2**20
+"""Numbers rounded at once: all that is in memory of a tensor, whatever its size."""
+
+
+class RoundingError(ValueError):
+    """A tensor that the dtype cannot hold, or that is not a number to begin with."""
+
+
+@dataclass
+class RoundingReport:
+    """What rounding did.
+
+    Attributes:
+        numbers: how many were seen, those of integer tensors included.
+        flushed: how many became zero that were not.
+        largest_relative_error: |rounded - exact| / |exact| at most, of those that did not become zero.
+    """
+
+    numbers: int = 0
+    flushed: int = 0
+    largest_relative_error: float = 0.0
+
+    @property
+    def flushed_share(self) -> float:
+        """The share of numbers that became zero, 0 to 1."""
+        return self.flushed / max(self.numbers, 1)
+
+
+def rounded_dtype(source: torch.dtype, target: torch.dtype) -> torch.dtype:
+    """What a tensor of dtype `source` is stored as: integers and booleans stay what they are."""
+    return target if source.is_floating_point else source
+
+
+def rounded(
+    tensor: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingReport
+) -> Iterator[torch.Tensor]:
+    """Rounds a tensor of any size in constant memory.
+
+    Args:
+        tensor: of any dtype and shape; it may be mapped from a file.
+        dtype: to round floating-point numbers to.
+        name: of the tensor, for error messages.
+        report: is added to.
+
+    Yields:
+        The numbers in order, as one-dimensional tensors of `rounded_dtype(tensor.dtype, dtype)`.
+
+    Raises:
+        RoundingError: the tensor holds NaN or infinity, or a number that overflows `dtype`.
+    """
+    for chunk in tensor.reshape(-1).split(CHUNK):
+        report.numbers += chunk.numel()
+        if chunk.dtype.is_floating_point:
+            yield _round(chunk, dtype, name, report)
+        else:
+            yield chunk
+
+
+def _round(exact: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingReport) -> torch.Tensor:
+    if exact.dtype.itemsize == 1:  # float8 has no arithmetic of its own
+        exact = exact.float()
+    lowest, highest = exact.aminmax()
+    if not (lowest.isfinite() and highest.isfinite()):
+        raise RoundingError(f"{name} holds NaN or infinity: the checkpoint is damaged; download it again")
+    result = exact.to(dtype)
+    if exact.dtype == dtype:
+        return result
+    # The largest and the smallest tell for all between them: rounding keeps their order.
+    if not (lowest.to(dtype).isfinite() and highest.to(dtype).isfinite()):
+        largest = max(-lowest.item(), highest.item())
+        raise RoundingError(
+            f"{name} holds {largest:.6g}, and {_name(dtype)} reaches {torch.finfo(dtype).max:.6g}: "
+            "convert with --dtype bfloat16, or float32"
+        )
+    kept = result.count_nonzero()
+    report.flushed += int(exact.count_nonzero() - kept)
+    if kept:
+        wide = exact if exact.dtype == torch.float64 else exact.float()
+        error = result.to(wide.dtype).sub_(wide).div_(wide).abs_()
+        # 1 where a number became zero (counted above); NaN where it was zero to begin with.
+        error = torch.where(error < 1, error, 0)
+        report.largest_relative_error = max(report.largest_relative_error, error.max().item())
+    return result
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
