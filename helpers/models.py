@@ -16,8 +16,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import packaged_model
-from .packaged_model import DEFAULT_MODEL, PACKAGED, ModelError, default_cache
+from helpers import packaged_model
+from helpers.packaged_model import DEFAULT_MODEL, PACKAGED, ModelError, default_cache
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -1,0 +1,186 @@
+"""The RunInference model handler: prompts in, a language model's responses out.
+
+It replaces Beam's own PyTorch handler, which holds 4 bytes a parameter in every process, cannot batch prompts
+of different length, fails a whole batch for one bad prompt, and, under transformers 5, answers with a flan-t5
+whose output layer has been overwritten.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from apache_beam.metrics import Metrics
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+
+from helpers.language_model import Failure, Generation, LanguageModel, Response
+from helpers.local_state_dict import fetch
+from helpers.model_loading import LoadError, choose_device, choose_dtype, load_model
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "LanguageModel"
+
+# What this process has loaded. Beam itself holds a model by a weak reference: on some runners it is loaded
+# again for every bundle, and on Dataflow after a while without messages.
+_loaded: dict[tuple, LanguageModel] = {}
+_loading = threading.Lock()
+
+
+class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
+    """Answers prompts (``str``) with ``PredictionResult``s whose ``inference`` is the response's text.
+
+    A prompt that cannot be answered gets a ``Failure`` as its ``inference``, and costs no other prompt its
+    answer.
+
+    Args:
+        state_dict_path: ``.../NAME.pt`` as ``helpers.load_state_dict`` writes it, local or ``gs://``.
+        model_name: if given, the state dict must have been made from the model of this name.
+        max_response_tokens: a response ends here, unless the model ends it before.
+        device: ``"cpu"``, ``"cuda"``, or None for a GPU if there is one.
+        dtype: to compute in: ``"bfloat16"``, ``"float16"``, ``"float32"``, or None for what the device is
+            fast in.
+        max_batch_size: prompts that the model answers at once.
+        max_batch_tokens: tokens of a batch, padding and responses included; bounds its memory.
+        max_batch_seconds: how long a prompt may wait for others to share its batch. None batches only what
+            arrives in one bundle, which on a busy stream is enough and keeps the pipeline free of state.
+        max_prompt_tokens: longer prompts fail, or are cut if ``truncate``.
+        truncate: whether to cut prompts that are too long.
+        temperature: 0 is greedy, and repeatable; above 0 the responses are sampled.
+        top_p: with a temperature, sample from the most probable tokens of this total probability.
+        seed: makes sampling repeatable.
+        torch_threads: the threads of this process; None leaves torch's own choice, one for each core.
+        cache_dir: where state dicts are copied to on a worker.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        state_dict_path: str,
+        model_name: str | None = None,
+        *,
+        max_response_tokens: int = 256,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_batch_size: int = 32,
+        max_batch_tokens: int = 32_768,
+        max_batch_seconds: float | None = None,
+        max_prompt_tokens: int | None = None,
+        truncate: bool = False,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        torch_threads: int | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("max_batch_size", max_batch_size), ("max_batch_tokens", max_batch_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be 1 or more.")
+        self._state_dict_path = str(state_dict_path)
+        self._model_name = model_name
+        self._generation = Generation(
+            max_response_tokens=max_response_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            truncate=truncate,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        self._device, self._dtype = device, dtype
+        self._max_batch_size, self._max_batch_tokens = max_batch_size, max_batch_tokens
+        self._max_batch_seconds = max_batch_seconds
+        self._torch_threads = torch_threads
+        self._cache_dir = cache_dir
+
+    def load_model(self) -> LanguageModel:
+        """The model, loaded once in this process however often Beam asks for it.
+
+        Raises:
+            FileNotFoundError, PermissionError: the state dict cannot be read.
+            LoadError: it is damaged or another model's, or the device asked for is not there.
+        """
+        key = (self._state_dict_path, self._model_name, self._device, self._dtype, self._cache_dir)
+        with _loading:
+            if key not in _loaded:
+                _loaded[key] = self._load()
+            return _loaded[key]
+
+    def _load(self) -> LanguageModel:
+        if self._torch_threads:
+            torch.set_num_threads(self._torch_threads)
+        device = choose_device(self._device)
+        dtype, reason = choose_dtype(device, self._dtype)
+        log.info("Computing on %s in %s: %s", device, str(dtype).removeprefix("torch."), reason)
+        state_dict = fetch(self._state_dict_path, dtype, self._cache_dir)
+        made_from = state_dict.manifest.model_name
+        if self._model_name and self._model_name != made_from:
+            raise LoadError(
+                f"{self._state_dict_path} was made from {made_from!r}, not from {self._model_name!r}: give "
+                "that name, or the path of the other model's state dict."
+            )
+        started = time.monotonic()
+        model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
+        log.info("Loaded %s in %.2f s", made_from, time.monotonic() - started)
+        Metrics.counter(NAMESPACE, "models_loaded").inc()
+        return LanguageModel(model, tokenizer, made_from)
+
+    def run_inference(
+        self, batch: Sequence[str], model: LanguageModel, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[PredictionResult]:
+        """Answers prompts; the results are in their order.
+
+        Raises:
+            ValueError: ``inference_args`` are given; the handler's own arguments say how to generate.
+        """
+        if inference_args:
+            raise ValueError("LanguageModelHandler takes no inference_args: give its arguments instead.")
+        started = time.monotonic()
+        answers = model.ask(
+            batch,
+            self._generation,
+            max_batch_size=self._max_batch_size,
+            max_batch_tokens=self._max_batch_tokens,
+        )
+        _count(answers, time.monotonic() - started)
+        for prompt, answer in zip(batch, answers, strict=True):
+            inference = answer.text if isinstance(answer, Response) else answer
+            yield PredictionResult(prompt, inference, model_id=self._state_dict_path)
+
+    def update_model_path(self, model_path: str | None = None) -> None:
+        """Takes up another state dict, of the same model, from the next ``load_model`` on."""
+        if model_path:
+            self._state_dict_path = str(model_path)
+
+    def batch_elements_kwargs(self) -> dict[str, Any]:
+        """How Beam forms batches: as large as may be, since the model sorts and splits them by length.
+
+        The same least and greatest size switches off Beam's search for the best one, which starts at 1 and
+        takes many bundles to find out that larger is faster.
+        """
+        size = 4 * self._max_batch_size
+        kwargs: dict[str, Any] = {"min_batch_size": size, "max_batch_size": size}
+        if self._max_batch_seconds is not None:
+            kwargs["max_batch_duration_secs"] = self._max_batch_seconds
+        return kwargs
+
+    def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
+        """Accepts none: see ``run_inference``."""
+
+    def get_metrics_namespace(self) -> str:
+        """The namespace of RunInference's metrics, and of this handler's: see ``NAMESPACE``."""
+        return NAMESPACE
+
+
+def _count(answers: Sequence[Response | Failure], seconds: float) -> None:
+    responses = [answer for answer in answers if isinstance(answer, Response)]
+    Metrics.counter(NAMESPACE, "prompt_tokens").inc(sum(r.prompt_tokens for r in responses))
+    Metrics.counter(NAMESPACE, "response_tokens").inc(sum(r.response_tokens for r in responses))
+    Metrics.counter(NAMESPACE, "failed_prompts").inc(len(answers) - len(responses))
+    Metrics.distribution(NAMESPACE, "batch_milliseconds").update(round(seconds * 1000))

@@ -1,0 +1,182 @@
+"""A state dict on this machine to a model in memory: device, dtype, and weights that stay mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LoadError(ValueError):
+    """A state dict that does not fit its model, or a device that is not there; it says what to do."""
+
+
+def choose_device(device: str | None = None) -> torch.device:
+    """The device asked for, or a GPU if there is one, or else the CPU.
+
+    Raises:
+        LoadError: the device asked for is not there.
+    """
+    if device in (None, "", "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(str(device).lower())
+    except RuntimeError as error:
+        raise LoadError(f"{device!r} is not a device: use 'cpu', 'cuda' or 'auto'.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise LoadError(
+            "A GPU was asked for and there is none that torch can use. Check the machine type, the driver, "
+            "and that torch is a CUDA build, or ask for device 'cpu'."
+        )
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise LoadError(f"There are {torch.cuda.device_count()} GPUs here: {device!r} is not one of them.")
+    return chosen
+
+
+def choose_dtype(device: torch.device, dtype: str | None = None) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and the reason for it.
+
+    bfloat16 where the hardware multiplies it natively, float32 elsewhere. Without such hardware bfloat16 is
+    emulated, and float16 is a trap on a CPU: measured without AVX512-FP16, a 1024×1024 product took over 200
+    times as long as in float32.
+
+    Raises:
+        LoadError: the dtype asked for is unknown, or float16 on a CPU that emulates it.
+    """
+    if device.type == "cuda":
+        native = {"bfloat16": torch.cuda.is_bf16_supported(including_emulation=False), "float16": True}
+    elif device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        native = {
+            "bfloat16": any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")),
+            "float16": any(has.get(name) for name in ("avx512_fp16", "amx_fp16")),
+        }
+    else:
+        native = {"bfloat16": False, "float16": False}
+    if dtype in (None, "", "auto"):
+        if native["bfloat16"]:
+            return torch.bfloat16, f"this {device.type} computes in bfloat16, at half the memory of float32"
+        return torch.float32, f"this {device.type} has no bfloat16 of its own"
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise LoadError(f"dtype {dtype!r} is not one to compute in: use auto, bfloat16, float16 or float32.")
+    if dtype == "float16" and device.type == "cpu" and not native["float16"]:
+        raise LoadError(
+            "float16 is only emulated by this CPU, at a fraction of float32's speed: use dtype 'auto'. The "
+            "state dict may be stored in float16 all the same."
+        )
+    return getattr(torch, dtype), "asked for"
+
+
+def load_model(
+    state_dict_file: str | Path,
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model and its tokenizer from a state dict on this machine and its companion folder.
+
+    The file is mapped, not read: if it is in ``dtype`` and ``device`` is the CPU, then the weights stay
+    file-backed pages, which all the processes of a machine share.
+
+    Args:
+        state_dict_file: a ``.pt`` file on a local disk.
+        folder: the folder with config.json, generation_config.json and the tokenizer's files.
+        device: where to compute.
+        dtype: to compute in; None means the file's own.
+
+    Raises:
+        LoadError: the keys or shapes of the state dict are not the model's, or the file is damaged.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    if not (Path(folder) / "config.json").is_file():
+        raise LoadError(
+            f"There is no config.json in {folder}, the folder that belongs beside a state dict: make both "
+            "with `python -m helpers.load_state_dict`."
+        )
+    config = AutoConfig.from_pretrained(folder)
+    state_dict = read_state_dict(state_dict_file)
+    model_class = _model_class(config)
+    if dtype is None:
+        dtype = next(t.dtype for t in state_dict.values() if t.is_floating_point())
+    # The concrete class's from_pretrained, given the tensors: it keeps them mapped, and it does not tie a
+    # T5's lm_head to its embeddings where the state dict has two different tensors. Building the model
+    # from its config and calling load_state_dict, as is usual, does tie them under transformers 5, writes
+    # both tensors into one, and reports success.
+    try:
+        model, keys = model_class.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise LoadError(_misfit(state_dict_file, model_class, state_dict, config, str(error))) from error
+    if keys["missing_keys"] or keys["unexpected_keys"] or keys["mismatched_keys"]:
+        raise LoadError(_misfit(state_dict_file, model_class, state_dict, config))
+    if (Path(folder) / "generation_config.json").is_file():
+        # Start and end tokens: a model that is built from its config alone does not know them.
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(device), AutoTokenizer.from_pretrained(folder)
+
+
+def read_state_dict(file: str | Path) -> dict[str, torch.Tensor]:
+    """Maps a state dict from a local file, without running any code that it may hold.
+
+    Raises:
+        LoadError: the file is absent, damaged, or holds something else.
+    """
+    if not Path(file).is_file():
+        raise LoadError(f"There is no state dict {file}: make one with `python -m helpers.load_state_dict`.")
+    try:
+        state_dict = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged archive raises many kinds
+        raise LoadError(
+            f"{file} is no state dict that torch can read, or is damaged: make it again with "
+            f"`python -m helpers.load_state_dict`. ({type(error).__name__})"
+        ) from error
+    if not isinstance(state_dict, dict) or not all(isinstance(t, torch.Tensor) for t in state_dict.values()):
+        raise LoadError(f"{file} holds no state dict: expected names and tensors, nothing else.")
+    return state_dict
+
+
+def _model_class(config) -> type[PreTrainedModel]:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        return auto._model_mapping[type(config)]
+    except KeyError:
+        raise LoadError(
+            f"A {config.model_type} model does not generate text: use a causal or an encoder-decoder model."
+        ) from None
+
+
+def _misfit(file, model_class, state_dict, config, otherwise: str = "") -> str:
+    """Which keys of a state dict are not the model's, and which of the model's are missing."""
+    with torch.device("meta"):
+        expected = model_class(config).state_dict()
+    missing = sorted(expected.keys() - state_dict.keys())
+    surplus = sorted(state_dict.keys() - expected.keys())
+    shapes = [
+        f"{name} ({list(tensor.shape)}, the model's is {list(expected[name].shape)})"
+        for name, tensor in state_dict.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    parts = [
+        f"{what}: {_some(names)}"
+        for what, names in (("missing", missing), ("surplus", surplus), ("of another shape", shapes))
+        if names
+    ]
+    return (
+        f"{file} does not fit {model_class.__name__}. Keys {'; '.join(parts) or otherwise}. "
+        "Give the state dict that was made from this model."
+    )
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

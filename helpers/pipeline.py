@@ -1,0 +1,274 @@
+"""Pub/Sub → language model → Pub/Sub, as Beam transforms and as a job's command line.
+
+    python -m helpers.pipeline \\
+        --messages-subscription projects/P/subscriptions/messages \\
+        --responses-topic projects/P/topics/responses \\
+        --dead-letter-topic projects/P/topics/dead-letters \\
+        --state-dict-path gs://BUCKET/run-inference/MODEL.pt --model-name MODEL \\
+        --runner DataflowRunner --project P --region R --temp_location gs://BUCKET/temp
+
+A message is UTF-8 text in ``data``. Its response is the model's text, with all of the message's own
+attributes and these:
+
+* ``prompt_message_id``: the message's id, given by Pub/Sub;
+* ``model_name``: the model that answered.
+
+A message that cannot be answered goes to the dead-letter topic as it came: the same bytes, the same
+attributes, and ``prompt_message_id``, ``model_name`` and ``error``, the reason. Pub/Sub allows a message 100
+attributes: of a message that has so many that these no longer fit, the last ones by name are left out, and
+``attributes_left_out`` tells how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.io.gcp.pubsub import PubsubMessage
+from apache_beam.metrics import Metrics
+from apache_beam.ml.inference.base import KeyedModelHandler, PredictionResult, RunInference
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.pvalue import PCollection, TaggedOutput
+
+from helpers.language_model import Failure
+from helpers.model_handler import NAMESPACE, LanguageModelHandler
+
+log = logging.getLogger(__name__)
+
+# https://cloud.google.com/pubsub/quotas#resource_limits
+MAX_ATTRIBUTES = 100
+MAX_ATTRIBUTE_BYTES = 1024
+
+
+class FailedPromptError(RuntimeError):
+    """A prompt has no response, and its failure no output: see ``AskModel.with_exception_handling``."""
+
+
+class FailedPrompt(NamedTuple):
+    """A prompt without a response, and why; ``prompt`` is ``(key, text)`` where the prompts had keys."""
+
+    prompt: Any
+    error: str
+
+
+class AskModel(beam.PTransform):
+    """Asks a language model: prompts in, its responses out.
+
+    The prompts are ``str``, or ``(key, str)`` pairs if ``keyed``; the responses are of the same form. Windows
+    and timestamps are kept.
+
+    Without more, a prompt that cannot be answered is an error, which stops a batch job and which a streaming
+    job tries again for ever. ``with_exception_handling`` gives such prompts an output of their own.
+
+    Args:
+        model_name: the model that the state dict was made from; None takes the manifest's word.
+        state_dict_path: ``.../NAME.pt``, local or ``gs://``.
+        max_response_tokens: a response ends here, unless the model ends it before.
+        keyed: whether the prompts are ``(key, str)`` pairs.
+        handler_options: further arguments of ``LanguageModelHandler``.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None,
+        state_dict_path: str,
+        max_response_tokens: int = 256,
+        *,
+        keyed: bool = False,
+        **handler_options: Any,
+    ) -> None:
+        super().__init__()
+        self._handler = LanguageModelHandler(
+            state_dict_path, model_name, max_response_tokens=max_response_tokens, **handler_options
+        )
+        self._keyed = keyed
+        self._catch = False
+
+    def with_exception_handling(self) -> AskModel:
+        """Makes the output a pair: the responses, and the ``FailedPrompt``s."""
+        self._catch = True
+        return self
+
+    def expand(self, prompts: PCollection) -> PCollection | tuple[PCollection, PCollection]:
+        handler = KeyedModelHandler(self._handler) if self._keyed else self._handler
+        results = prompts | "Run inference" >> RunInference(handler)
+        if not self._catch:
+            return results | "Get responses" >> beam.Map(_response_or_raise, self._keyed)
+        outputs = results | "Split" >> beam.ParDo(_split, self._keyed).with_outputs("failed", main="answered")
+        return outputs.answered, outputs.failed
+
+
+def _unpacked(element: Any, keyed: bool) -> tuple[Any, PredictionResult]:
+    return element if keyed else (None, element)
+
+
+def _split(element: Any, keyed: bool) -> Iterator[Any]:
+    key, result = _unpacked(element, keyed)
+    answer = result.inference
+    if isinstance(answer, Failure):
+        prompt = (key, result.example) if keyed else result.example
+        yield TaggedOutput("failed", FailedPrompt(prompt, answer.error))
+    else:
+        yield (key, answer) if keyed else answer
+
+
+def _response_or_raise(element: Any, keyed: bool) -> Any:
+    key, result = _unpacked(element, keyed)
+    if isinstance(result.inference, Failure):
+        raise FailedPromptError(f"{result.inference.error}: {str(result.example)[:100]!r}")
+    return (key, result.inference) if keyed else result.inference
+
+
+class AskMessages(beam.PTransform):
+    """Answers Pub/Sub messages: ``PubsubMessage``s in, and two collections of ``PubsubMessage``s out.
+
+    The arguments are ``AskModel``'s. The output is a pair: the responses, and the dead letters.
+    """
+
+    def __init__(self, model_name: str, state_dict_path: str, **options: Any) -> None:
+        super().__init__()
+        self._model_name = model_name
+        self._ask = AskModel(model_name, state_dict_path, keyed=True, **options).with_exception_handling()
+
+    def expand(self, messages: PCollection) -> tuple[PCollection, PCollection]:
+        read = messages | "Read prompts" >> beam.ParDo(_read_prompt).with_outputs(
+            "unreadable", main="prompts"
+        )
+        answered, failed = read.prompts | "Ask model" >> self._ask
+        responses = answered | "To responses" >> beam.MapTuple(to_response, model_name=self._model_name)
+        failures = (read.unreadable, failed) | "All failures" >> beam.Flatten()
+        return responses, failures | "To dead letters" >> beam.Map(
+            to_dead_letter, model_name=self._model_name
+        )
+
+
+def _read_prompt(message: PubsubMessage) -> Iterator[Any]:
+    # The whole message is the key, so that it comes out beside its response.
+    try:
+        yield message, message.data.decode()
+    except UnicodeDecodeError as error:
+        yield TaggedOutput("unreadable", FailedPrompt((message, ""), f"the message is not UTF-8: {error}"))
+
+
+def to_response(message: PubsubMessage, text: str, model_name: str) -> PubsubMessage:
+    """The response to a message, for the responses topic."""
+    return PubsubMessage(text.encode(errors="replace"), _attributes(message, model_name=model_name))
+
+
+def to_dead_letter(failed: FailedPrompt, model_name: str) -> PubsubMessage:
+    """A message that has no response, as it came, with the reason, for the dead-letter topic."""
+    message, _ = failed.prompt
+    Metrics.counter(NAMESPACE, "dead_letters").inc()
+    log.warning("Message %s has no response: %s", message.message_id, failed.error)
+    return PubsubMessage(message.data, _attributes(message, model_name=model_name, error=failed.error))
+
+
+def _attributes(message: PubsubMessage, **more: str) -> dict[str, str]:
+    """The message's own attributes and more, within what Pub/Sub accepts: publishing would fail for ever."""
+    more = {"prompt_message_id": message.message_id or "", **more}
+    more = {
+        name: value.encode(errors="replace")[:MAX_ATTRIBUTE_BYTES].decode(errors="ignore")
+        for name, value in more.items()
+    }
+    own = {name: value for name, value in (message.attributes or {}).items() if name not in more}
+    if len(own) + len(more) > MAX_ATTRIBUTES:
+        room = MAX_ATTRIBUTES - len(more) - 1
+        more["attributes_left_out"] = str(len(own) - room)
+        own = dict(sorted(own.items())[:room])
+    return {**own, **more}
+
+
+def build(
+    pipeline: beam.Pipeline,
+    *,
+    model_name: str,
+    state_dict_path: str,
+    responses_topic: str,
+    messages_topic: str | None = None,
+    messages_subscription: str | None = None,
+    dead_letter_topic: str | None = None,
+    **options: Any,
+) -> None:
+    """Adds Pub/Sub → model → Pub/Sub to a pipeline.
+
+    Args:
+        pipeline: a streaming pipeline.
+        model_name: the model that the state dict was made from.
+        state_dict_path: ``.../NAME.pt``, local or ``gs://``.
+        responses_topic: ``projects/P/topics/T``.
+        messages_topic: read with a subscription of the job's own, which sees what is published from then on.
+        messages_subscription: read instead of a topic; messages wait in it for the job.
+        dead_letter_topic: for messages that cannot be answered; without it they are logged and counted.
+        options: further arguments of ``AskModel``.
+    """
+    source = beam.io.ReadFromPubSub(
+        topic=messages_topic, subscription=messages_subscription, with_attributes=True
+    )
+    responses, dead_letters = (
+        pipeline | "Read messages" >> source | "Answer" >> AskMessages(model_name, state_dict_path, **options)
+    )
+    responses | "Write responses" >> beam.io.WriteToPubSub(responses_topic, with_attributes=True)
+    if dead_letter_topic:
+        dead_letters | "Write dead letters" >> beam.io.WriteToPubSub(dead_letter_topic, with_attributes=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's own arguments; every other one is Beam's."""
+    arguments = argparse.ArgumentParser(
+        prog="python -m helpers.pipeline",
+        description="Answers Pub/Sub messages with a language model, in a streaming Beam pipeline.",
+        epilog="Every other option is Beam's: --runner, --project, --region, --temp_location, ...",
+        allow_abbrev=False,
+    )
+    source = arguments.add_mutually_exclusive_group(required=True)
+    source.add_argument("--messages-topic", help="projects/P/topics/T to read from the job's start on")
+    source.add_argument("--messages-subscription", help="projects/P/subscriptions/S to read")
+    arguments.add_argument("--responses-topic", required=True, help="projects/P/topics/T for the responses")
+    arguments.add_argument("--dead-letter-topic", help="projects/P/topics/T for messages without a response")
+    arguments.add_argument("--state-dict-path", required=True, help=".../NAME.pt, local or gs://")
+    arguments.add_argument("--model-name", required=True, help="the model that it was made from")
+    arguments.add_argument("--device", help="cpu or cuda; by default a GPU if the worker has one")
+    arguments.add_argument(
+        "--dtype", help="bfloat16, float16 or float32; by default the device's best"
+    )
+    arguments.add_argument("--max-response-tokens", type=_positive, default=256, metavar="N")
+    return arguments
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult:
+    """Builds the pipeline from a command line and starts it, on whatever runner Beam's options name.
+
+    Raises:
+        SystemExit: the command line is not understood.
+    """
+    arguments, beam_arguments = parser().parse_known_args(argv)
+    options = PipelineOptions(beam_arguments)
+    options.view_as(StandardOptions).streaming = True
+    pipeline = beam.Pipeline(options=options)
+    build(pipeline, **vars(arguments))
+    return pipeline.run()
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    """The command line: starts the pipeline, and waits for it where the runner is this process."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    result = run(list(argv) if argv is not None else sys.argv[1:])
+    if hasattr(result, "job_id"):
+        print(f"Submitted job {result.job_id()}")
+    else:
+        result.wait_until_finish()
+
+
+if __name__ == "__main__":
+    main()
