@@ -48,8 +48,8 @@ from .pubsub_limits import (
 from .subscription import Flow, Subscription
 
 PULL_WAIT_SECONDS = 2.0  # Beam's direct runner gives up after four pulls that hang for 30 s
-MAX_WAITING = 160
-SERVER_THREADS = 256
+MAX_WAITING = 96
+SERVER_THREADS = 128
 
 _DELETED_TOPIC = "_deleted-topic_"
 
