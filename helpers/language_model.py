@@ -7,6 +7,7 @@ latter with their chat template if they have one.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -88,6 +89,9 @@ class LanguageModel:
         tokenizer.padding_side = "right" if self.is_encoder_decoder else "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # A runner may call from many threads. One batch at a time: two would only share the same cores, and
+        # need the memory of both.
+        self._turn = threading.Lock()
         self.end_token_ids = _as_set(model.generation_config.eos_token_id)
 
     def encode(self, prompt: str, generation: Generation | None = None) -> list[int]:
@@ -220,8 +224,9 @@ class LanguageModel:
                 results[index] = Failure(_describe(error))
         room = max_batch_tokens, generation.max_response_tokens
         for batch in batches_by_length({i: len(ids) for i, ids in encoded.items()}, max_batch_size, *room):
-            for index, result in self._isolate(batch, encoded, generation):
-                results[index] = result
+            with self._turn:
+                for index, result in self._isolate(batch, encoded, generation):
+                    results[index] = result
         return results
 
     def _isolate(

@@ -1,0 +1,186 @@
+"""What every notebook needs: a connection to Google Cloud or to this machine's own, tables, versions."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import local_cloud
+from helpers.packaged_model import default_cache
+
+# What a reader wants to know when something behaves differently elsewhere.
+PACKAGES = (
+    "apache-beam",
+    "torch",
+    "transformers",
+    "google-cloud-aiplatform",
+    "google-cloud-pubsub",
+    "papermill",
+)
+
+_local: local_cloud.Child | None = None
+
+
+class ConnectionFailed(RuntimeError):  # noqa: N818 - reads as what happened
+    """There is no way to the project; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where a notebook runs its cloud part.
+
+    Attributes:
+        project: the project's id.
+        location: the region, for instance ``us-central1``.
+        bucket: the name of a bucket that exists.
+        is_local: whether this machine stands for Google Cloud.
+    """
+
+    project: str
+    location: str
+    bucket: str
+    is_local: bool
+
+    def gs(self, *parts: str) -> str:
+        """A path in the bucket: ``gs("temp")`` is ``gs://BUCKET/temp``."""
+        return "/".join([f"gs://{self.bucket}", *parts])
+
+    def state_dict_path(self, model_name: str) -> str:
+        """Where the series keeps a model's state dict: ``gs://BUCKET/run-inference/MODEL.pt``."""
+        # The name may be a path, which ends with what the model is called.
+        name = Path(model_name).expanduser().resolve().name if Path(model_name).is_dir() else model_name
+        return self.gs("run-inference", f"{name}.pt")
+
+
+def connect(project: str = "", location: str = "us-central1", bucket: str = "") -> Connection:
+    """Connects to a Google Cloud project, or, if ``project`` is empty, to this machine's local cloud.
+
+    Safe to call again: a second call with the same project finds everything in place.
+
+    Args:
+        project: a project's id; empty means this machine, where nothing costs anything.
+        location: the region for the bucket and the jobs.
+        bucket: a bucket's name, made if it does not exist; empty means ``PROJECT-streaming-llm``.
+
+    Raises:
+        ConnectionFailed: no credentials, no access to the bucket, or this kernel is connected elsewhere.
+    """
+    quiet()
+    is_local = not project
+    if is_local:
+        project = _connect_to_this_machine()
+    elif _local is not None or "LOCAL_CLOUD_PROJECT" in os.environ:
+        raise ConnectionFailed(
+            f"This kernel is connected to this machine's local cloud. To use the project {project!r}, restart "
+            "the kernel and run the notebook from the top."
+        )
+    elif "google.colab" in sys.modules:
+        from google.colab import auth
+
+        auth.authenticate_user(project_id=project)
+    connection = Connection(project, location, bucket or f"{project}-streaming-llm", is_local)
+    _create_bucket(connection)
+    return connection
+
+
+def _connect_to_this_machine() -> str:
+    """Starts the local cloud, once in this kernel; returns its project's id."""
+    global _local
+    if "LOCAL_CLOUD_PROJECT" in os.environ:  # started by an earlier call, or around this process
+        return os.environ["LOCAL_CLOUD_PROJECT"]
+    _local = local_cloud.launch(_local_cloud_folder())
+    atexit.register(_local.stop)
+    os.environ.update(_local.environment)
+    return _local.project
+
+
+def _local_cloud_folder() -> Path:
+    """In the repository, so that every checkout has its own; else in the user's cache."""
+    repository = Path(__file__).parents[1]
+    if (repository / "pyproject.toml").is_file() and os.access(repository, os.W_OK):
+        return repository / ".local_cloud"
+    return default_cache() / "local_cloud"
+
+
+def _create_bucket(connection: Connection) -> None:
+    from google.api_core import exceptions
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud import storage
+
+    try:
+        client = storage.Client(project=connection.project)
+        if client.lookup_bucket(connection.bucket) is None:
+            client.create_bucket(connection.bucket, location=connection.location)
+    except GoogleAuthError as error:
+        raise ConnectionFailed(
+            "There are no credentials for Google Cloud here. Run `gcloud auth application-default login`, or "
+            f'leave the parameter project empty (project = "") to use this machine. ({error})'
+        ) from error
+    except exceptions.Conflict as error:
+        raise ConnectionFailed(
+            f"The bucket {connection.bucket!r} is someone else's: give the parameter bucket another name."
+        ) from error
+    except exceptions.GoogleAPICallError as error:
+        raise ConnectionFailed(
+            f"The bucket {connection.bucket!r} of project {connection.project!r} cannot be used: check the "
+            f"project's id, and that you may create buckets in it. ({error.message})"
+        ) from error
+
+
+def quiet() -> None:
+    """Keeps out of a notebook what a reader can do nothing about; errors still show."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # gRPC reports every fork of a process that uses it, and every connection that a peer closes.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("apache_beam", "google", "root", "helpers"):
+        logging.getLogger(name if name != "root" else None).setLevel(logging.ERROR)
+
+
+def versions() -> Table:
+    """The versions in use, as a table."""
+    rows = [("Python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return table({"package": name, "version": version} for name, version in rows)
+
+
+class Table:
+    """Rows as a table: text in full and to the left, no index; in a terminal, plain text."""
+
+    def __init__(self, rows: Iterable[Mapping[str, object]]) -> None:
+        import pandas as pd
+
+        self.frame = pd.DataFrame(list(rows))
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        text = [name for name in self.frame if not pd.api.types.is_numeric_dtype(self.frame[name])]
+        styler = self.frame.style.hide(axis="index").format(precision=2, escape="html")
+        styler.set_properties(subset=text, **{"text-align": "left", "white-space": "pre-wrap"})
+        # Each header stands over its column: text to the left, numbers to the right.
+        styler.set_table_styles(
+            {name: [{"selector": "th", "props": "text-align: left"}] for name in text}, overwrite=False
+        )
+        return styler.to_html()
+
+    def __repr__(self) -> str:
+        return self.frame.to_string(index=False, max_colwidth=72)
+
+
+def table(rows: Iterable[Mapping[str, object]]) -> Table:
+    """Rows of the same keys as a table for a notebook."""
+    return Table(rows)

@@ -1,0 +1,108 @@
+"""Pub/Sub as the notebooks use it: topics, subscriptions, publish prompts, collect what comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+
+from google.api_core.exceptions import AlreadyExists, DeadlineExceeded, NotFound
+from google.cloud import pubsub_v1
+from google.pubsub_v1.types import PubsubMessage
+
+# A pull waits this long for a first message, in seconds, before it is asked again.
+PULL_SECONDS = 5
+
+
+def create_topic(project: str, name: str) -> str:
+    """Makes a topic, unless it is there, and returns its path: ``projects/PROJECT/topics/NAME``."""
+    publisher = pubsub_v1.PublisherClient()
+    path = publisher.topic_path(project, name)
+    with contextlib.suppress(AlreadyExists):
+        publisher.create_topic(name=path)
+    return path
+
+
+def create_subscription(topic: str, name: str, *, ack_deadline_seconds: int = 60) -> str:
+    """Makes a subscription to a topic, and returns its path: ``projects/PROJECT/subscriptions/NAME``.
+
+    One of the same name, left by an earlier run, is replaced: its messages are not this run's.
+
+    Args:
+        topic: the topic's path.
+        name: the subscription's name, in the topic's project.
+        ack_deadline_seconds: an unacknowledged message is delivered again after this time, 10 to 600.
+
+    Raises:
+        google.api_core.exceptions.NotFound: there is no such topic.
+    """
+    with pubsub_v1.SubscriberClient() as subscriber:
+        path = subscriber.subscription_path(topic.split("/")[1], name)
+        with contextlib.suppress(NotFound):
+            subscriber.delete_subscription(subscription=path)
+        request = {"name": path, "topic": topic, "ack_deadline_seconds": ack_deadline_seconds}
+        subscriber.create_subscription(request=request)
+    return path
+
+
+def publish(topic: str, texts: Iterable[str | bytes], **attributes: str) -> list[str]:
+    """Publishes messages, all with the same attributes, and returns their ids in order.
+
+    Raises:
+        google.api_core.exceptions.NotFound: there is no such topic.
+    """
+    publisher = pubsub_v1.PublisherClient()
+    data = (text if isinstance(text, bytes) else text.encode() for text in texts)
+    futures = [publisher.publish(topic, item, **attributes) for item in data]
+    return [future.result(timeout=60) for future in futures]
+
+
+def collect(
+    subscription: str,
+    count: int,
+    *,
+    timeout: float = 120,
+    progress: Callable[[int], object] | None = None,
+) -> list[PubsubMessage]:
+    """Receives and acknowledges messages, until there are ``count`` or the time is over.
+
+    Args:
+        subscription: its path.
+        count: how many to wait for.
+        timeout: how long to wait for all of them, in seconds.
+        progress: called with the number of each lot that arrives.
+
+    Returns:
+        The messages in the order of their arrival; fewer than ``count`` if the time was over.
+    """
+    messages: list[PubsubMessage] = []
+    deadline = time.monotonic() + timeout
+    with pubsub_v1.SubscriberClient() as subscriber:
+        while len(messages) < count and (left := deadline - time.monotonic()) > 0:
+            try:
+                pulled = subscriber.pull(
+                    subscription=subscription,
+                    max_messages=count - len(messages),
+                    timeout=min(PULL_SECONDS, max(left, 0.1)),
+                ).received_messages
+            except DeadlineExceeded:  # nothing came
+                continue
+            if pulled:
+                ack_ids = [received.ack_id for received in pulled]
+                subscriber.acknowledge(subscription=subscription, ack_ids=ack_ids)
+                messages += [received.message for received in pulled]
+                if progress:
+                    progress(len(pulled))
+    return messages
+
+
+def delete(*paths: str) -> None:
+    """Deletes topics and subscriptions by their paths; those that are gone already are no error."""
+    publisher = pubsub_v1.PublisherClient()
+    with pubsub_v1.SubscriberClient() as subscriber:
+        for path in paths:
+            with contextlib.suppress(NotFound):
+                if path.split("/")[2] == "subscriptions":
+                    subscriber.delete_subscription(subscription=path)
+                else:
+                    publisher.delete_topic(topic=path)
