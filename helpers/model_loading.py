@@ -115,7 +115,8 @@ def load_model(
         )
     except RuntimeError as error:
         raise LoadError(_misfit(state_dict_file, model_class, state_dict, config, str(error))) from error
-    if keys["missing_keys"] or keys["unexpected_keys"] or keys["mismatched_keys"]:
+    # Its report leaves out what transformers can fill by tying, such as a T5's missing lm_head: compare names.
+    if model.state_dict().keys() != state_dict.keys() or any(keys.values()):
         raise LoadError(_misfit(state_dict_file, model_class, state_dict, config))
     if (Path(folder) / "generation_config.json").is_file():
         # Start and end tokens: a model that is built from its config alone does not know them.
