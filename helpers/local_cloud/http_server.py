@@ -80,7 +80,8 @@ class Request:
         url = urlsplit(target)
         self.method = method
         self.path = url.path
-        self.query = dict(parse_qsl(url.query, keep_blank_values=True))
+        self._query = parse_qsl(url.query, keep_blank_values=True)
+        self.query = dict(self._query)
         self.headers = headers
         self.host = (headers.get("Host") or "").partition(":")[0].lower()
         self._chunks = self._receive(body)
@@ -94,6 +95,10 @@ class Request:
             body.readline(100)
         while body.readline(65536).strip():  # trailers
             pass
+
+    def query_values(self, name: str) -> list[str]:
+        """Every value of a query parameter that may stand there more than once."""
+        return [value for key, value in self._query if key == name]
 
     def chunks(self) -> Iterator[bytes]:
         """The part of the body that was not read yet, in pieces of at most 1 MiB.
@@ -141,6 +146,14 @@ def _read_exactly(body: BinaryIO, size: int) -> Iterator[bytes]:
             raise IncompleteBodyError(f"the connection closed {size} bytes before the end of the body")
         size -= len(chunk)
         yield chunk
+
+
+def reason_phrase(status: int) -> str:
+    """The words after a status; 499, which Cloud Storage uses, has none in HTTP."""
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Client Closed Request"
 
 
 def error_response(status: int, message: str, reason: str = "") -> Response:
@@ -233,17 +246,15 @@ class _Connection(BaseHTTPRequestHandler):
                 response.file.close()
 
     def _send(self, response: Response) -> None:
-        # Statuses between the protocol's own are in use: 308 and 499 of resumable uploads.
-        known = response.status in HTTPStatus._value2member_map_
-        self.send_response(response.status, None if known else "Client Closed Request")
-        if response.length:
+        self.send_response(response.status, reason_phrase(response.status))
+        has_body = response.status not in (204, 304)
+        if has_body:
             self.send_header("Content-Type", response.content_type)
-        if response.status not in (204, 304):
             self.send_header("Content-Length", str(response.length))
         for name, value in response.headers.items():
             self.send_header(name, value.encode().decode("latin-1"))
         self.end_headers()
-        if self.command == "HEAD":
+        if self.command == "HEAD" or not has_body:
             return
         if response.file is None:
             self.wfile.write(response.body)

@@ -10,7 +10,9 @@ from pathlib import Path
 import grpc
 
 from . import certificates, environment
-from .http_server import Request, Router
+from .accounts import Accounts
+from .cloud_storage import CloudStorage
+from .http_server import Router
 from .proxy import Proxy, Upstream
 from .scratch import Scratch
 
@@ -79,11 +81,16 @@ class LocalCloud:
         proxy.start()
 
     def _add_services(self, grpc_server: grpc.Server, router: Router) -> None:
-        _add_authentication(router)
+        accounts = Accounts(self.project)
+        accounts.routes(router)
+        accounts.register(grpc_server)
         for service in _services(self.folder, self.storage_root, {**os.environ, **self.environment}):
             service.register(grpc_server)
             self._on_stop.callback(service.stop)
         grpc_server.add_generic_rpc_handlers((_NotImitated(),))
+        storage = CloudStorage(self.storage_root)
+        self._on_stop.callback(storage.stop)
+        storage.routes(router)
 
     def stop(self) -> None:
         """Ends every service and every process they started, and removes the throw-away keys.
@@ -123,22 +130,6 @@ class _NotImitated(grpc.GenericRpcHandler):
 
         # Nothing is read or written, so the widest kind of call stands for all four.
         return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-def _add_authentication(router: Router) -> None:
-    """What google-auth asks before the first call: an access token, and in which regions it may be used."""
-
-    @router.route("POST", "/token", host="oauth2.googleapis.com")
-    def token(_: Request) -> dict:
-        return {"access_token": "local-cloud", "expires_in": 3600, "token_type": "Bearer"}
-
-    @router.route(
-        "GET",
-        "/v1/projects/{project}/serviceAccounts/{account}/allowedLocations",
-        host="iamcredentials.googleapis.com",
-    )
-    def allowed_locations(_: Request, project: str, account: str) -> dict:
-        return {"locations": [], "encodedLocations": "0x0"}
 
 
 def prepare_folder(folder: str | Path) -> Path:

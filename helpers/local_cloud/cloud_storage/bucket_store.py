@@ -1,0 +1,223 @@
+"""Buckets as folders. A folder that was put there by hand, under a valid name, is a bucket too.
+
+    ROOT/BUCKET/                    the objects whose names can be paths, as plain files
+    ROOT/.cloud/buckets/BUCKET.json what was set on the bucket
+    ROOT/.cloud/metadata/BUCKET/    a file for each object: its metadata
+    ROOT/.cloud/objects/BUCKET/     the objects whose names cannot be paths
+    ROOT/.cloud/locks/BUCKET        held by whoever changes the bucket or an object in it
+    ROOT/.cloud/partial/            what is being written, until it is whole
+
+Nothing is kept in memory, so several processes can share the folder.
+"""
+
+import base64
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..http_server import HttpError
+from ..scratch import Scratch
+from .names import check_bucket_name
+from .preconditions import Preconditions
+
+PROJECT_NUMBER = "123456789012"
+MULTI_REGIONS = ("US", "EU", "ASIA")
+READ_ONLY = ("kind", "id", "name", "selfLink", "projectNumber", "locationType", "metageneration", "etag")
+READ_ONLY += ("timeCreated", "updated")
+# What would change what happens to objects, and is not imitated, is refused rather than forgotten.
+REFUSED = {
+    "versioning": lambda value: value.get("enabled"),
+    "retentionPolicy": lambda value: value.get("retentionPeriod"),
+    "hierarchicalNamespace": lambda value: value.get("enabled"),
+}
+
+
+class BucketStore:
+    """The buckets below `root`. Methods raise HttpError: 400 for a bad name, 404, 409 or 412."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.own = root / ".cloud"
+        for name in ("buckets", "metadata", "objects", "locks"):
+            (self.own / name).mkdir(parents=True, exist_ok=True)
+        self._scratch = Scratch(self.own / "partial")
+
+    def stop(self) -> None:
+        """Forgets what was being written."""
+        self._scratch.remove()
+
+    def new_file(self) -> Path:
+        """A path, on the objects' file system, where a file can be written and then moved into place."""
+        return self._scratch.path / uuid.uuid4().hex
+
+    def write_json(self, path: Path, content: dict) -> None:
+        """Writes a file in one step, so that no reader sees a part of it."""
+        path.parent.mkdir(exist_ok=True)
+        new = self.new_file()
+        new.write_text(json.dumps(content))
+        os.replace(new, path)
+
+    def folder(self, bucket: str) -> Path:
+        """The folder of a bucket, which need not exist."""
+        return self.root / check_bucket_name(bucket)
+
+    @contextlib.contextmanager
+    def locked(self, bucket: str) -> Iterator[None]:
+        """Keeps every other thread and process from changing the bucket."""
+        # Each call opens the file anew, so the lock holds between threads as it does between processes.
+        with (self.own / "locks" / check_bucket_name(bucket)).open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def names(self) -> list[str]:
+        """The buckets' names, sorted."""
+        found = []
+        for entry in os.scandir(self.root):
+            with contextlib.suppress(HttpError):
+                if entry.is_dir():
+                    found.append(check_bucket_name(entry.name))
+        return sorted(found)
+
+    def get(self, bucket: str) -> dict:
+        """The bucket's resource."""
+        try:
+            status = self.folder(bucket).stat()
+        except FileNotFoundError:
+            raise HttpError(404, f"The specified bucket does not exist: {bucket}.", "notFound") from None
+        created = timestamp(status.st_ctime)
+        return _defaults(bucket, created) | (read_json(self._file(bucket)) or {})
+
+    def create(self, fields: dict) -> dict:
+        """Makes a bucket of the resource that a client sent."""
+        bucket = check_bucket_name(str(fields.get("name", "")))
+        _refuse(fields)
+        now = timestamp()
+        with self.locked(bucket):
+            if self.folder(bucket).exists():
+                raise HttpError(409, f"The bucket {bucket} exists already, and you own it.", "conflict")
+            self.folder(bucket).mkdir()
+            resource = _defaults(bucket, now)
+            return self._write(bucket, resource | {k: v for k, v in fields.items() if k not in READ_ONLY})
+
+    def update(self, bucket: str, change: Callable[[dict], None], conditions: Preconditions) -> dict:
+        """Changes the bucket's resource in place, and counts its metageneration on."""
+        with self.locked(bucket):
+            resource = self.get(bucket)
+            conditions.check(resource)
+            created = resource["timeCreated"]
+            change(resource)
+            _refuse(resource)
+            resource = _defaults(bucket, created) | resource
+            resource["metageneration"] = str(int(resource["metageneration"]) + 1)
+            resource["updated"] = timestamp()
+            return self._write(bucket, resource)
+
+    def delete(self, bucket: str, conditions: Preconditions) -> None:
+        """Removes an empty bucket."""
+        with self.locked(bucket):
+            conditions.check(self.get(bucket))
+            if any((self.own / "objects" / bucket).glob("*")) or not _remove_empty(self.folder(bucket)):
+                raise HttpError(409, f"The bucket you tried to delete is not empty: {bucket}.", "conflict")
+            for leftover in (self.own / "metadata" / bucket).glob("*"):
+                leftover.unlink()
+            _remove_empty(self.own / "metadata" / bucket)
+            _remove_empty(self.own / "objects" / bucket)
+            self._file(bucket).unlink(missing_ok=True)
+            self._policy_file(bucket).unlink(missing_ok=True)
+
+    def policy(self, bucket: str) -> dict:
+        """The bucket's IAM policy as it was set; it is kept, and grants or denies nothing."""
+        self.get(bucket)
+        empty = {"kind": "storage#policy", "version": 1, "etag": etag("0"), "bindings": []}
+        return read_json(self._policy_file(bucket)) or empty
+
+    def set_policy(self, bucket: str, policy: dict) -> dict:
+        """Replaces the IAM policy, unless it is made from an outdated one."""
+        with self.locked(bucket):
+            current = self.policy(bucket)["etag"]
+            if policy.get("etag", current) != current:
+                raise HttpError(
+                    412, "The policy has changed since it was read: read it again.", "conditionNotMet"
+                )
+            policy = {"kind": "storage#policy", "version": 1} | policy | {"etag": etag(uuid.uuid4().hex)}
+            self.write_json(self._policy_file(bucket), policy)
+        return policy
+
+    def _file(self, bucket: str) -> Path:
+        return self.own / "buckets" / f"{bucket}.json"
+
+    def _policy_file(self, bucket: str) -> Path:
+        return self.own / "buckets" / f"{bucket}.policy.json"
+
+    def _write(self, bucket: str, resource: dict) -> dict:
+        resource["location"] = str(resource["location"]).upper()
+        multi = resource["location"] in MULTI_REGIONS
+        resource["locationType"] = "multi-region" if multi else "region"
+        resource["etag"] = etag(resource["metageneration"])
+        self.write_json(self._file(bucket), resource)
+        return resource
+
+
+def _defaults(bucket: str, created: str) -> dict:
+    return {
+        "kind": "storage#bucket",
+        "id": bucket,
+        "name": bucket,
+        "selfLink": f"https://www.googleapis.com/storage/v1/b/{bucket}",
+        "projectNumber": PROJECT_NUMBER,
+        "location": "US",
+        "locationType": "multi-region",
+        "storageClass": "STANDARD",
+        "metageneration": "1",
+        "etag": etag("1"),
+        "timeCreated": created,
+        "updated": created,
+        "iamConfiguration": {
+            "uniformBucketLevelAccess": {"enabled": True},
+            "publicAccessPrevention": "inherited",
+        },
+        "softDeletePolicy": {"retentionDurationSeconds": "0"},
+    }
+
+
+def _refuse(fields: dict) -> None:
+    for name, asks in REFUSED.items():
+        if fields.get(name) and asks(fields[name]):
+            raise HttpError(501, f"A bucket's {name} is not imitated by the local cloud.", "notImplemented")
+
+
+def _remove_empty(folder: Path) -> bool:
+    """Removes a folder of nothing but folders; False, with every file in place, when it holds a file."""
+    if any(files for _, _, files in os.walk(folder)):
+        return False
+    for path, _, _ in os.walk(folder, topdown=False):
+        try:
+            os.rmdir(path)
+        except OSError:  # a file, or a link, arrived by hand
+            return False
+    return True
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """A time, by default now, as Google's APIs write it."""
+    now = datetime.datetime.now(datetime.UTC)
+    moment = now if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def etag(version: str) -> str:
+    """An entity tag, which tells versions of a resource apart."""
+    return base64.b64encode(version.encode()).decode()
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a file; None when there is none, or none that is whole."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,126 @@
+"""One page of a bucket's listing: https://cloud.google.com/storage/docs/json_api/v1/objects/list"""
+
+import base64
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Self
+
+from ..http_server import HttpError, Request
+
+MAX_PAGE = 1000
+
+
+@dataclass
+class Page:
+    """Objects' names and truncated names ("folders"), a page together; the token asks for what follows."""
+
+    names: list[str] = field(default_factory=list)
+    prefixes: list[str] = field(default_factory=list)
+    next_token: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.prefixes)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a request asks to see of a bucket."""
+
+    prefix: str = ""
+    delimiter: str = ""
+    start: str = ""
+    end: str = ""
+    glob: re.Pattern | None = None
+    after: str = ""
+    limit: int = MAX_PAGE
+
+    @classmethod
+    def of_request(cls, request: Request) -> Self:
+        """Reads the query; HttpError 400 when it makes no sense."""
+        query = request.query
+        glob, delimiter = query.get("matchGlob"), query.get("delimiter", "")
+        if glob and delimiter not in ("", "/"):
+            raise HttpError(400, "With matchGlob, the delimiter must be '/' or absent.", "invalidParameter")
+        if query.get("includeTrailingDelimiter") == "true":
+            raise HttpError(
+                501, "includeTrailingDelimiter is not imitated by the local cloud.", "notImplemented"
+            )
+        return cls(
+            prefix=query.get("prefix", ""),
+            delimiter=delimiter,
+            start=query.get("startOffset", ""),
+            end=query.get("endOffset", ""),
+            glob=glob_pattern(glob) if glob else None,
+            after=decode_token(query.get("pageToken", "")),
+            limit=page_size(request),
+        )
+
+    def page(self, names: Iterable[str]) -> Page:
+        """The page, of names that are sorted and begin with the prefix."""
+        page, last = Page(), self.after
+        for name in names:
+            if name < self.start or (self.glob and not self.glob.fullmatch(name)):
+                continue
+            if self.end and name >= self.end:
+                break
+            at = name.find(self.delimiter, len(self.prefix)) if self.delimiter else -1
+            entry = name if at < 0 else name[: at + len(self.delimiter)]
+            # Truncated names come in order too: one that was seen, on this page or before, is not after the
+            # last.
+            if entry <= last:
+                continue
+            if len(page) == self.limit:
+                page.next_token = encode_token(last)
+                break
+            (page.names if at < 0 else page.prefixes).append(entry)
+            last = entry
+        return page
+
+
+def page_size(request: Request) -> int:
+    """The request's maxResults, at most 1000."""
+    value = request.query.get("maxResults", str(MAX_PAGE))
+    if not value.isdecimal():
+        raise HttpError(400, f"Invalid value for maxResults: '{value}'.", "invalidParameter")
+    return min(int(value) or MAX_PAGE, MAX_PAGE)
+
+
+def encode_token(last: str) -> str:
+    """A page token: what follows the page that ended with this entry."""
+    return base64.urlsafe_b64encode(last.encode()).decode()
+
+
+def decode_token(token: str) -> str:
+    """The entry of a page token; HttpError 400 when it is none."""
+    try:
+        return base64.urlsafe_b64decode(token).decode()
+    except ValueError:
+        raise HttpError(400, f"Invalid page token: '{token}'.", "invalidParameter") from None
+
+
+def glob_pattern(glob: str) -> re.Pattern:
+    """A matchGlob as a regular expression.
+
+    `*` and `?` stop at '/', `**` does not; [a-z], [!a-z] and {a,b} choose, a backslash escapes."""
+    pattern, depth = "", 0
+    tokens = re.compile(r"\\.|\*\*|\[[!^]?\]?[^\]]*\]|.", re.DOTALL)
+    simple = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+    for token in tokens.findall(glob):
+        if token in simple:
+            pattern += simple[token]
+        elif len(token) > 1 and token[0] == "[":
+            negated = token[1] in "!^"
+            inside = token[2 if negated else 1 : -1].replace("\\", r"\\").replace("[", r"\[")
+            pattern += f"(?!/)[{'^' if negated else ''}{inside}]"
+        elif token == "{":
+            pattern, depth = pattern + "(?:", depth + 1
+        elif depth and token in ",}":
+            pattern += "|" if token == "," else ")"
+            depth -= token == "}"
+        else:
+            pattern += re.escape(token[-1])
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise HttpError(400, f"Invalid matchGlob '{glob}': {error}.", "invalidParameter") from None

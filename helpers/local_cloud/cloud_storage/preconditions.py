@@ -1,0 +1,61 @@
+"""Conditions on an object's generation that a request may set: https://cloud.google.com/storage/docs/request-preconditions"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..http_server import HttpError
+
+
+@dataclass(frozen=True)
+class Preconditions:
+    """What must hold of the live object for a request to go on; None asks for nothing.
+
+    Generation 0 is that of an object that does not exist.
+    """
+
+    generation: int | None = None
+    not_generation: int | None = None
+    metageneration: int | None = None
+    not_metageneration: int | None = None
+
+    @classmethod
+    def of_query(cls, query: Mapping[str, str], prefix: str = "if") -> "Preconditions":
+        """From a JSON API request's query; prefix "ifSource" for the object that a copy is made of."""
+        names = ("GenerationMatch", "GenerationNotMatch", "MetagenerationMatch", "MetagenerationNotMatch")
+        return cls(*(_number(query.get(prefix + name), prefix + name) for name in names))
+
+    @classmethod
+    def of_headers(cls, headers: Mapping[str, str]) -> "Preconditions":
+        """From an XML API request's headers, which has the positive ones only."""
+        names = ("x-goog-if-generation-match", "x-goog-if-metageneration-match")
+        generation, metageneration = (_number(headers.get(name), name) for name in names)
+        return cls(generation=generation, metageneration=metageneration)
+
+    def check(self, resource: dict | None, reading: bool = False) -> None:
+        """Raises HttpError when they do not hold for a resource (None: it does not exist).
+
+        The status is 412; or 304 for a read that wants any generation but this one. A bucket's resource has
+        no generation and is asked for its metageneration only.
+        """
+        generation = int(resource.get("generation", 0)) if resource else 0
+        metageneration = int(resource["metageneration"]) if resource else 0
+        if self.generation not in (None, generation) or self.metageneration not in (None, metageneration):
+            raise _failed(412)
+        if self.not_generation == generation or (resource and self.not_metageneration == metageneration):
+            raise _failed(304 if reading else 412)
+
+
+def _failed(status: int) -> HttpError:
+    return HttpError(
+        status, "At least one of the pre-conditions you specified did not hold.", "conditionNotMet"
+    )
+
+
+def _number(value: str | None, name: str) -> int | None:
+    if value is None:
+        return None
+    if not value.isdecimal():
+        raise HttpError(
+            400, f"Invalid value for {name}: '{value}' is not a whole number.", "invalidParameter"
+        )
+    return int(value)
