@@ -1,0 +1,324 @@
+"""Which machine does a model need: to convert its checkpoint, and to serve it.
+
+    python -m helpers.sizing google/flan-t5-xl google/flan-ul2
+    python -m helpers.sizing google/flan-t5-xl --method sample --json
+
+Two methods are sized. ``project`` is what this package does: a checkpoint is converted tensor by tensor, in
+memory that does not grow with the model, and served from a mapped half-precision file. ``sample`` is the rule
+of thumb of Google's published sample: 4 bytes a parameter to serve and 6 to convert.
+
+Sizes are in bytes; a machine's GB are 2**30 bytes, as Google counts them, and all other GB are 10**9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from helpers import machine_types
+from helpers.machine_types import MachineType, MachineTypeError
+from helpers.model_memory import (
+    DTYPE_BYTES,
+    ParameterCount,
+    SizingError,
+    activation_bytes,
+    dtype_bytes,
+    kv_cache_bytes,
+    parameter_count,
+)
+from helpers.models import ModelError, load_config
+from helpers.sizing_report import parse_prices, table
+
+METHODS = ("project", "sample")
+
+# Memory of a process before any model is in it, measured on Linux with Python 3.11, torch 2.13 (CPU, 2
+# threads), transformers 5.23 and apache-beam 2.77. Measure again: `python -m helpers.measure_memory
+# --overhead`.
+WORKER_BYTES = 570_000_000  # Beam's worker with torch and transformers, after its first generation
+CONVERTER_BYTES = 425_000_000  # helpers.load_state_dict at work; the same for a model of any size
+SCRIPT_BYTES = 355_000_000  # a script with torch and transformers, as the sample converts
+
+# An allowance, not measured here: the driver's context and torch's kernels on the GPU, and as much beside
+# them on the host. They differ by driver and card.
+CUDA_CONTEXT_BYTES = 700_000_000
+
+# Also an allowance: the operating system's image, and the container's with torch, unpacked.
+SYSTEM_DISK_BYTES = 25_000_000_000
+MINIMUM_DISK_GB = 100  # Vertex AI's minimum for a boot disk
+DISK_STEP_GB = 50
+
+# To convert on, and to serve on. E2 is the cheapest family. N4 computes in bfloat16, serves Dataflow jobs
+# that use Streaming Engine, and starts at 2 vCPUs.
+FAMILIES = {"project": ("e2", "n4"), "sample": ("e2", "n2")}
+
+# Left free for the operating system and for Dataflow's own processes. The published tables leave nothing
+# free, but take a machine's GB for 10**9 bytes, which are 7 % less than it has.
+HEADROOM = {"project": 0.15, "sample": 1 - 10**9 / machine_types.GIB}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What converting, or serving, needs.
+
+    Attributes:
+        memory_bytes: what the machine is chosen by (on a GPU machine: memory of the GPU).
+        parts: what memory_bytes is made of.
+        peak_bytes: the most that the process is predicted to hold at a time, comparable to what
+            ``helpers.measure_memory`` measures. With the project's method it is memory_bytes.
+        machine: the smallest that fits.
+        disk_gb: the boot disk; None for serving.
+    """
+
+    memory_bytes: int
+    parts: dict[str, int]
+    peak_bytes: int
+    machine: MachineType
+    disk_gb: int | None = None
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """A model's sizes and the machines it needs.
+
+    Attributes:
+        parameters: of the published checkpoint, shared ones once.
+        weights_bytes: by dtype.
+        dtype: of the state dict.
+        compute_dtype: in memory while serving: float32 where the machines have no half-precision arithmetic.
+        cost_per_hour: of one serving machine, in the currency of the price given; None without one.
+    """
+
+    model_name: str
+    method: str
+    dtype: str
+    compute_dtype: str
+    batch_size: int
+    prompt_tokens: int
+    response_tokens: int
+    headroom: float
+    parameters: int
+    weights_bytes: dict[str, int]
+    convert: Phase
+    serve: Phase
+    cost_per_hour: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of ``--json``, as plain values."""
+        return {
+            "model_name": self.model_name,
+            "parameters": self.parameters,
+            "weights_bytes": self.weights_bytes,
+            "convert": _phase_json(self.convert),
+            "serve": _phase_json(self.serve),
+            "method": self.method,
+            "dtype": self.dtype,
+            "compute_dtype": self.compute_dtype,
+            "batch_size": self.batch_size,
+            "prompt_tokens": self.prompt_tokens,
+            "response_tokens": self.response_tokens,
+            "headroom": self.headroom,
+            "cost_per_hour": self.cost_per_hour,
+        }
+
+
+def size_model(
+    model_name: str,
+    *,
+    dtype: str = "float16",
+    method: str = "project",
+    batch_size: int = 1,
+    prompt_tokens: int = 512,
+    response_tokens: int = 256,
+    processes: int = 1,
+    family: str | None = None,
+    convert_family: str | None = None,
+    headroom: float | None = None,
+    price_per_hour: float | Mapping[str, float] | None = None,
+) -> Sizing:
+    """Sizes a model from its config: no weights are downloaded, and for the bundled configs nothing at all.
+
+    Args:
+        model_name: a folder, a hub name, or the packaged model; see :func:`helpers.models.load_config`.
+        dtype: of the state dict: ``float16``, ``bfloat16`` or ``float32``.
+        method: ``project`` or ``sample``.
+        batch_size: prompts generated together.
+        prompt_tokens: of the longest prompt.
+        response_tokens: generated, at most.
+        processes: workers on the machine. They share mapped weights; everything else is once per process.
+        family: of the machine to serve on, which may be a GPU family; by default :data:`FAMILIES`.
+        convert_family: of the machine to convert on.
+        headroom: share of the machine's memory left free; :data:`HEADROOM` by default.
+        price_per_hour: of the serving machine, or prices by machine type.
+
+    Raises:
+        ModelError: no such model.
+        SizingError: a model of an unsupported kind, or a workload that makes no sense.
+        MachineTypeError: an unknown family, or no machine of it is large enough.
+    """
+    _check_workload(method, batch_size, prompt_tokens, response_tokens, processes)
+    half_bytes = dtype_bytes(dtype)
+    config = load_config(model_name)
+    count = parameter_count(config)
+    default_convert, default_serve = FAMILIES[method]
+    family = family or default_serve
+    headroom = HEADROOM[method] if headroom is None else headroom
+
+    download = count.checkpoint * (4 if method == "sample" else _published_bytes(config))
+    disk_gb = disk_size_gb(download + count.checkpoint * half_bytes)
+    convert_memory, convert_parts, convert_peak = _convert(method, count, half_bytes)
+    convert_machine = machine_types.smallest(
+        convert_memory, family=convert_family or default_convert, headroom=headroom
+    )
+
+    on_gpu = family in machine_types.GPU_FAMILIES
+    compute_dtype = "float32" if method == "sample" else compute_dtype_on(family, dtype)
+    workload = (batch_size, prompt_tokens, response_tokens, compute_dtype)
+    cache, activations = kv_cache_bytes(config, *workload), activation_bytes(config, *workload)
+    weights = count.checkpoint * dtype_bytes(compute_dtype)
+    if method == "sample":
+        serve_memory, parts = weights, {"weights": weights}
+        loading = count.built * 4 + count.checkpoint * half_bytes
+        peak = processes * (WORKER_BYTES + max(loading, count.built * 4 + cache + activations))
+    else:
+        each = {"KV cache": cache, "activations": activations}
+        each |= {"CUDA context": CUDA_CONTEXT_BYTES} if on_gpu else {"Python worker": WORKER_BYTES}
+        # A GPU's memory is not shared between processes; mapped pages of a machine's memory are.
+        copies = processes if on_gpu else 1
+        parts = {"weights": copies * weights} | {name: processes * size for name, size in each.items()}
+        serve_memory = peak = sum(parts.values())
+    if on_gpu:
+        host = processes * (WORKER_BYTES + CUDA_CONTEXT_BYTES)
+        machine = machine_types.smallest_gpu(
+            serve_memory, family=family, headroom=headroom, host_memory_bytes=host
+        )
+    else:
+        machine = machine_types.smallest(serve_memory, family=family, headroom=headroom)
+
+    return Sizing(
+        model_name=model_name,
+        method=method,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        headroom=headroom,
+        parameters=count.checkpoint,
+        weights_bytes={name: count.checkpoint * size for name, size in DTYPE_BYTES.items()},
+        convert=Phase(convert_memory, convert_parts, convert_peak, convert_machine, disk_gb),
+        serve=Phase(serve_memory, parts, peak, machine),
+        cost_per_hour=_price(price_per_hour, machine),
+    )
+
+
+def compute_dtype_on(family: str, dtype: str) -> str:
+    """The dtype that a state dict of ``dtype`` is computed, and so held, in on machines of a family.
+
+    Half precision is computed as bfloat16 where every machine of the family has the instructions for it, and
+    as float32 elsewhere: emulated, it is slower than float32.
+    """
+    if dtype != "float32" and family in machine_types.BFLOAT16_FAMILIES:
+        return "bfloat16"
+    return "float32"
+
+
+def disk_size_gb(files_bytes: int) -> int:
+    """The boot disk to convert on: the download and the output, the system beside them, in steps of 50 GB."""
+    needed = (files_bytes + SYSTEM_DISK_BYTES) / 1e9
+    return max(MINIMUM_DISK_GB, math.ceil(needed / DISK_STEP_GB) * DISK_STEP_GB)
+
+
+def _convert(method: str, count: ParameterCount, half_bytes: int) -> tuple[int, dict[str, int], int]:
+    """Memory to choose the machine by, its parts, and the peak, of converting."""
+    if method == "project":
+        return CONVERTER_BYTES, {"converter": CONVERTER_BYTES}, CONVERTER_BYTES
+    parts = {"float32 copy": count.checkpoint * 4, "converted copy": count.checkpoint * half_bytes}
+    # Today's transformers maps safetensors: the float32 copy is pages of a file, read once and the system's
+    # to drop, so that a process which is short of memory can do without them. The rule of thumb counts them.
+    return sum(parts.values()), parts, SCRIPT_BYTES + parts["converted copy"]
+
+
+def _published_bytes(config) -> int:
+    """Bytes a number in the published checkpoint; float32 where the config does not say."""
+    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return DTYPE_BYTES.get(name, 4)
+
+
+def _check_workload(method: str, *counts: int) -> None:
+    if method not in METHODS:
+        raise SizingError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+    for name, count in zip(
+        ("batch_size", "prompt_tokens", "response_tokens", "processes"), counts, strict=True
+    ):
+        if not isinstance(count, int) or count < 1:
+            raise SizingError(f"{name}={count}: give a whole number of at least 1.")
+
+
+def _price(price_per_hour: float | Mapping[str, float] | None, machine: MachineType) -> float | None:
+    if isinstance(price_per_hour, Mapping):
+        price_per_hour = price_per_hour.get(machine.name)
+    return None if price_per_hour is None else machine_types.cost(price_per_hour)
+
+
+def _phase_json(phase: Phase) -> dict[str, Any]:
+    values: dict[str, Any] = {"memory_bytes": phase.memory_bytes}
+    if phase.disk_gb is not None:
+        values["disk_gb"] = phase.disk_gb
+    values |= {"machine_type": phase.machine.name, "machine_memory_gb": phase.machine.memory_gb}
+    if phase.machine.gpu:
+        values |= {"gpu": phase.machine.gpu, "gpu_memory_gb": phase.machine.gpu_memory_gb}
+    return values | {"peak_bytes": phase.peak_bytes, "parts": phase.parts}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: a table or JSON on stdout; 2 and one line on stderr for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.sizing",
+        description="Which machine a model needs, to convert it and to serve it.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a hub name or a folder")
+    parser.add_argument("--method", choices=METHODS, default="project")
+    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="float16", help="of the state dict")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts generated together")
+    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="of the longest prompt")
+    parser.add_argument("--response-tokens", type=int, default=256, metavar="N", help="generated, at most")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="worker processes on the machine"
+    )
+    parser.add_argument(
+        "--family", help="of the machine to serve on: n2, n4, c3, ... or a GPU family: g2, a2, a3"
+    )
+    parser.add_argument("--convert-family", help="of the machine to convert on (default: e2)")
+    parser.add_argument("--headroom", type=float, metavar="SHARE", help="of a machine's memory, left free")
+    parser.add_argument(
+        "--price-per-hour",
+        action="append",
+        metavar="[TYPE=]PRICE",
+        help="of the serving machine, in your currency; repeat it if the models need several types",
+    )
+    parser.add_argument("--json", action="store_true")
+    options = vars(parser.parse_args(arguments))
+    models, as_json, prices = options.pop("models"), options.pop("json"), options.pop("price_per_hour")
+    try:
+        price = parse_prices(prices)
+        sizings = [size_model(model, price_per_hour=price, **options) for model in models]
+        machines = {sizing.serve.machine.name for sizing in sizings}
+        if isinstance(price, float) and len(machines) > 1:
+            raise SizingError(
+                f"One price was given, and these models need {', '.join(sorted(machines))}: "
+                "give --price-per-hour TYPE=PRICE for each."
+            )
+    except (MachineTypeError, ModelError, SizingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps([sizing.to_json() for sizing in sizings], indent=2) if as_json else table(sizings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
