@@ -30,6 +30,9 @@ NAMESPACE = "LanguageModel"
 _loaded: dict[tuple, LanguageModel] = {}
 _loading = threading.Lock()
 
+# Loads that the pipeline's metrics do not count yet: Beam drops what is counted while a DoFn is set up.
+_loads: list[tuple] = []
+
 
 class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
     """Answers prompts (``str``) with ``PredictionResult``s whose ``inference`` is the response's text.
@@ -110,6 +113,7 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         with _loading:
             if key not in _loaded:
                 _loaded[key] = self._load()
+                _loads.append(key)
             return _loaded[key]
 
     def _load(self) -> LanguageModel:
@@ -128,7 +132,6 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         started = time.monotonic()
         model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
         log.info("Loaded %s in %.2f s", made_from, time.monotonic() - started)
-        Metrics.counter(NAMESPACE, "models_loaded").inc()
         return LanguageModel(model, tokenizer, made_from)
 
     def run_inference(
@@ -179,6 +182,9 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
 
 
 def _count(answers: Sequence[Response | Failure], seconds: float) -> None:
+    with _loading:
+        Metrics.counter(NAMESPACE, "models_loaded").inc(len(_loads))
+        _loads.clear()
     responses = [answer for answer in answers if isinstance(answer, Response)]
     Metrics.counter(NAMESPACE, "prompt_tokens").inc(sum(r.prompt_tokens for r in responses))
     Metrics.counter(NAMESPACE, "response_tokens").inc(sum(r.response_tokens for r in responses))

@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.metrics import Metrics
-from apache_beam.ml.inference.base import KeyedModelHandler, PredictionResult, RunInference
+from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.pvalue import PCollection, TaggedOutput
+from apache_beam.transforms.window import TimestampedValue
 
 from helpers.language_model import Failure
 from helpers.model_handler import NAMESPACE, LanguageModelHandler
@@ -94,33 +95,38 @@ class AskModel(beam.PTransform):
         return self
 
     def expand(self, prompts: PCollection) -> PCollection | tuple[PCollection, PCollection]:
-        handler = KeyedModelHandler(self._handler) if self._keyed else self._handler
-        results = prompts | "Run inference" >> RunInference(handler)
+        results = (
+            prompts
+            | "Note time" >> beam.ParDo(_note_time, self._keyed)
+            | "Run inference" >> RunInference(KeyedModelHandler(self._handler))
+        )
         if not self._catch:
             return results | "Get responses" >> beam.Map(_response_or_raise, self._keyed)
         outputs = results | "Split" >> beam.ParDo(_split, self._keyed).with_outputs("failed", main="answered")
         return outputs.answered, outputs.failed
 
 
-def _unpacked(element: Any, keyed: bool) -> tuple[Any, PredictionResult]:
-    return element if keyed else (None, element)
+def _note_time(element: Any, keyed: bool, timestamp: Any = beam.DoFn.TimestampParam) -> Iterator[Any]:
+    """RunInference's batches are of the end of their window: each prompt's own time goes along in its key."""
+    key, prompt = element if keyed else (None, element)
+    yield (timestamp, key), prompt
 
 
 def _split(element: Any, keyed: bool) -> Iterator[Any]:
-    key, result = _unpacked(element, keyed)
+    (timestamp, key), result = element
     answer = result.inference
     if isinstance(answer, Failure):
-        prompt = (key, result.example) if keyed else result.example
-        yield TaggedOutput("failed", FailedPrompt(prompt, answer.error))
+        failed = FailedPrompt((key, result.example) if keyed else result.example, answer.error)
+        yield TaggedOutput("failed", TimestampedValue(failed, timestamp))
     else:
-        yield (key, answer) if keyed else answer
+        yield TimestampedValue((key, answer) if keyed else answer, timestamp)
 
 
-def _response_or_raise(element: Any, keyed: bool) -> Any:
-    key, result = _unpacked(element, keyed)
+def _response_or_raise(element: Any, keyed: bool) -> TimestampedValue:
+    (timestamp, key), result = element
     if isinstance(result.inference, Failure):
         raise FailedPromptError(f"{result.inference.error}: {str(result.example)[:100]!r}")
-    return (key, result.inference) if keyed else result.inference
+    return TimestampedValue((key, result.inference) if keyed else result.inference, timestamp)
 
 
 class AskMessages(beam.PTransform):
@@ -139,7 +145,7 @@ class AskMessages(beam.PTransform):
             "unreadable", main="prompts"
         )
         answered, failed = read.prompts | "Ask model" >> self._ask
-        responses = answered | "To responses" >> beam.MapTuple(to_response, model_name=self._model_name)
+        responses = answered | "To responses" >> beam.Map(to_response, model_name=self._model_name)
         failures = (read.unreadable, failed) | "All failures" >> beam.Flatten()
         return responses, failures | "To dead letters" >> beam.Map(
             to_dead_letter, model_name=self._model_name
@@ -154,8 +160,9 @@ def _read_prompt(message: PubsubMessage) -> Iterator[Any]:
         yield TaggedOutput("unreadable", FailedPrompt((message, ""), f"the message is not UTF-8: {error}"))
 
 
-def to_response(message: PubsubMessage, text: str, model_name: str) -> PubsubMessage:
-    """The response to a message, for the responses topic."""
+def to_response(answered: tuple[PubsubMessage, str], model_name: str) -> PubsubMessage:
+    """A message's response, for the responses topic."""
+    message, text = answered
     return PubsubMessage(text.encode(errors="replace"), _attributes(message, model_name=model_name))
 
 
@@ -232,9 +239,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--state-dict-path", required=True, help=".../NAME.pt, local or gs://")
     arguments.add_argument("--model-name", required=True, help="the model that it was made from")
     arguments.add_argument("--device", help="cpu or cuda; by default a GPU if the worker has one")
-    arguments.add_argument(
-        "--dtype", help="bfloat16, float16 or float32; by default the device's best"
-    )
+    arguments.add_argument("--dtype", help="bfloat16, float16 or float32; by default the device's best")
     arguments.add_argument("--max-response-tokens", type=_positive, default=256, metavar="N")
     return arguments
 

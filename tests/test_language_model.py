@@ -14,7 +14,7 @@ from helpers.load_state_dict import convert
 from helpers.local_state_dict import fetch
 from helpers.model_loading import LoadError, choose_device, choose_dtype, load_model
 
-PROMPTS = ["Hi", "What is the capital of France?", "é", "Write one long sentence about the sea, please.", "a b"]
+PROMPTS = ["Hi", "What is the capital of France?", "é", "Write one sentence about the sea.", "a b"]
 GENERATION = Generation(max_response_tokens=12)
 
 
@@ -204,7 +204,7 @@ def test_float16_is_refused_where_the_cpu_only_emulates_it(monkeypatch):
     assert choose_dtype(torch.device("cpu"))[0] == torch.bfloat16
     with pytest.raises(LoadError, match="emulated"):
         choose_dtype(torch.device("cpu"), "float16")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert choose_dtype(torch.device("cpu"))[0] == torch.float32
 
 

@@ -1,0 +1,167 @@
+"""The handler in Beam: loaded once, pickled small, and one bad prompt harms nobody."""
+
+import apache_beam as beam
+import pytest
+import torch
+from apache_beam.internal import pickler
+from apache_beam.ml.inference.base import RunInference
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.testing.test_stream import TestStream
+from apache_beam.testing.util import assert_that, equal_to
+from tiny_models import save_checkpoint
+
+from helpers import model_handler
+from helpers.language_model import Failure
+from helpers.load_state_dict import convert
+from helpers.local_state_dict import fetch
+from helpers.model_handler import NAMESPACE, LanguageModelHandler
+from helpers.model_loading import LoadError
+from helpers.pipeline import AskModel, FailedPromptError
+
+RUNNERS = ["BundleBasedDirectRunner", "FnApiRunner"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A checkpoint's folder and the state dict made from it."""
+    folder = tmp_path_factory.mktemp("llama")
+    save_checkpoint("llama", folder / "checkpoint")
+    convert(str(folder / "checkpoint"), folder / "model.pt", progress=False)
+    return str(folder / "checkpoint"), str(folder / "model.pt")
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded():
+    model_handler._loaded.clear()
+    model_handler._loads.clear()
+
+
+def loaded(result) -> int:
+    counters = result.metrics().query(beam.metrics.MetricsFilter().with_name("models_loaded"))["counters"]
+    return sum(counter.attempted for counter in counters)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_process_loads_the_model_once(runner, llama, tmp_path):
+    """Two RunInference steps and, on the bundle-based runner, a bundle for each element."""
+    pipeline = beam.Pipeline(runner=runner)
+    prompts = pipeline | beam.Create([f"prompt {n}" for n in range(10)]) | beam.Reshuffle()
+    for step in ("a", "b"):
+        handler = LanguageModelHandler(llama[1], max_response_tokens=2, cache_dir=str(tmp_path))
+        prompts | step >> RunInference(handler)
+    result = pipeline.run()
+    result.wait_until_finish()
+    assert loaded(result) == 1
+
+
+def test_a_handler_pickles_small_also_after_it_has_loaded(llama):
+    handler = LanguageModelHandler(llama[1], max_response_tokens=3)
+    before = list(handler.run_inference(["Hi"], handler.load_model()))
+    pickled = pickler.dumps(handler)
+    assert len(pickled) < 10_000
+    again = pickler.loads(pickled)
+    assert list(again.run_inference(["Hi"], again.load_model())) == before
+
+
+def test_load_model_gives_model_and_tokenizer(llama):
+    language_model = LanguageModelHandler(llama[1], llama[0], dtype="float32").load_model()
+    assert language_model.model.dtype == torch.float32
+    assert language_model.tokenizer.padding_side == "left"
+
+
+def test_ten_prompts_of_mixed_length_through_a_stream_come_back_as_ten_responses(llama, tmp_path):
+    """The published sample's own test, but its ten prompts are alike."""
+    prompts = ["Hi", "a longer prompt than that", "x", "What is it?", "yes"] * 2
+    stream = TestStream().add_elements(prompts[:4]).add_elements(prompts[4:]).advance_watermark_to_infinity()
+    pipeline = beam.Pipeline("BundleBasedDirectRunner", options=PipelineOptions(streaming=True))
+    responses = pipeline | stream | AskModel(llama[0], llama[1], max_response_tokens=4)
+    responses | beam.Map(note, str(tmp_path / "responses"))  # this runner's metrics miss all but one bundle
+    pipeline.run().wait_until_finish()
+    assert (tmp_path / "responses").read_text().split() == ["str"] * 10
+
+
+def note(element, file: str) -> None:
+    with open(file, "a") as notes:
+        notes.write(type(element).__name__ + "\n")
+
+
+def test_keys_and_failures_come_out_with_their_prompts(llama):
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        prompts = pipeline | beam.Create([(1, "Hi"), (2, ""), (3, "x")])
+        answered, failed = prompts | AskModel(*llama, 4, keyed=True).with_exception_handling()
+        assert_that(answered | beam.Keys(), equal_to([1, 3]), label="answered")
+        assert_that(failed, equal_to([((2, ""), "the prompt is empty")]), label="failed")
+
+
+def test_a_failure_that_nobody_asked_for_is_an_error(llama):
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    pipeline | beam.Create(["Hi", ""]) | AskModel(*llama, 4)
+    with pytest.raises(Exception, match="the prompt is empty") as error:
+        pipeline.run().wait_until_finish()
+    assert isinstance(error.value, FailedPromptError)
+
+
+def test_results_are_in_the_order_of_their_prompts(llama):
+    handler = LanguageModelHandler(llama[1], max_response_tokens=4)
+    prompts = ["a long prompt to sort first", "", "Hi", "x"]
+    results = list(handler.run_inference(prompts, handler.load_model()))
+    assert [result.example for result in results] == prompts
+    assert [type(result.inference) for result in results] == [str, Failure, str, str]
+
+
+def test_a_conversion_for_this_machine_is_made_once_and_mapped(llama, tmp_path):
+    first = fetch(llama[1], torch.bfloat16, tmp_path)
+    changed = first.file.stat().st_mtime_ns
+    second = fetch(llama[1], torch.bfloat16, tmp_path)
+    assert first == second
+    assert second.file.stat().st_mtime_ns == changed
+    converted = torch.load(first.file, weights_only=True)
+    expected = {k: v.to(torch.bfloat16) for k, v in torch.load(llama[1], weights_only=True).items()}
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], expected[name]) for name in expected)
+    tied = converted["lm_head.weight"], converted["model.embed_tokens.weight"]
+    assert tied[0].data_ptr() == tied[1].data_ptr()
+
+
+def test_a_state_dict_of_another_model_is_refused(llama):
+    with pytest.raises(LoadError, match="was made from"):
+        LanguageModelHandler(llama[1], "google/flan-t5-small").load_model()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_state_dict_is_refused(damage, llama, tmp_path):
+    path = tmp_path / "model.pt"
+    convert(llama[0], path, progress=False)
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        del data[-1000:]
+    else:
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(LoadError, match="damaged"):
+        LanguageModelHandler(str(path), cache_dir=str(tmp_path / "cache")).load_model()
+
+
+def test_a_state_dict_that_is_not_there_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="load_state_dict"):
+        LanguageModelHandler(str(tmp_path / "absent.pt")).load_model()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"max_response_tokens": 0}, {"max_batch_size": 0}, {"temperature": -1.0}, {"top_p": 0.0}]
+)
+def test_arguments_out_of_range_are_refused_before_anything_runs(arguments):
+    with pytest.raises(ValueError, match="must be"):
+        LanguageModelHandler("model.pt", **arguments)
+
+
+def test_the_pipelines_counters_add_up(llama):
+    pipeline = beam.Pipeline(runner="FnApiRunner")
+    pipeline | beam.Create(["Hi", "", "x"]) | AskModel(*llama, 4).with_exception_handling()
+    result = pipeline.run()
+    result.wait_until_finish()
+    counters = result.metrics().query(beam.metrics.MetricsFilter().with_namespace(NAMESPACE))["counters"]
+    values = {counter.key.metric.name: counter.committed for counter in counters}
+    assert values["failed_prompts"] == 1
+    assert values["prompt_tokens"] > 0
+    assert 2 <= values["response_tokens"] <= 8

@@ -1,0 +1,156 @@
+"""Pub/Sub messages through the pipeline: each comes out once, as a response or a dead letter, with its id."""
+
+import sys
+from unittest import mock
+
+import apache_beam as beam
+import pytest
+from apache_beam.io.gcp.pubsub import PubsubMessage
+from apache_beam.testing.util import assert_that
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import save_checkpoint
+
+from helpers import pipeline as pipeline_module
+from helpers.load_state_dict import convert
+from helpers.pipeline import MAX_ATTRIBUTES, AskMessages, FailedPrompt, to_dead_letter, to_response
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Name and state dict of a tiny model."""
+    folder = tmp_path_factory.mktemp("t5")
+    save_checkpoint("t5_distinct", folder / "checkpoint")
+    convert(str(folder / "checkpoint"), folder / "model.pt", progress=False)
+    return str(folder / "checkpoint"), str(folder / "model.pt")
+
+
+def run(messages: list[PubsubMessage], model) -> None:
+    """Runs messages through the pipeline, and checks that each comes out, once, with its id."""
+
+    def check(outputs):
+        ids = [message.attributes["prompt_message_id"] for _, message in outputs]
+        assert sorted(ids) == sorted(message.message_id for message in messages)
+        by_id = {message.message_id: message for message in messages}
+        for kind, message in outputs:
+            sent = by_id[message.attributes["prompt_message_id"]]
+            assert message.attributes["model_name"] == model[0]
+            assert len(message.attributes) <= MAX_ATTRIBUTES
+            if kind == "dead letter":
+                assert message.data == sent.data
+                assert message.attributes["error"]
+            else:
+                message.data.decode()
+                sent.data.decode()
+                assert "error" not in (message.attributes.keys() - sent.attributes.keys())
+
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        responses, dead_letters = (
+            pipeline | beam.Create(messages) | AskMessages(*model, max_response_tokens=2)
+        )
+        tagged = (
+            responses | "r" >> beam.Map(lambda message: ("response", message)),
+            dead_letters | "d" >> beam.Map(lambda message: ("dead letter", message)),
+        ) | beam.Flatten()
+        assert_that(tagged, check)
+
+
+PAYLOADS = st.one_of(
+    st.binary(max_size=80),
+    st.text(max_size=80).map(str.encode),
+    st.text(alphabet=st.characters(max_codepoint=31), max_size=9).map(str.encode),
+    st.just("\ud800".encode("utf-16", "surrogatepass")),
+)
+ATTRIBUTES = st.dictionaries(
+    st.text(min_size=1, max_size=20),
+    st.text(max_size=20),
+    max_size=5,
+)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=st.lists(st.tuples(PAYLOADS, ATTRIBUTES), min_size=1, max_size=25))
+def test_whatever_is_published_comes_out_once_with_its_id(batch, model):
+    run([PubsubMessage(data, attributes, str(n)) for n, (data, attributes) in enumerate(batch)], model)
+
+
+def test_large_payloads_and_full_attributes_come_out_too(model):
+    full = {f"key {n}": "v" * 1024 for n in range(MAX_ATTRIBUTES)}
+    run(
+        [
+            PubsubMessage(b"a", full, "1"),
+            PubsubMessage(b"\xff", full, "2"),
+            PubsubMessage(b"", {"a": "b"}, "3"),
+            PubsubMessage("é".encode() * 300, {"error": "its own"}, "4"),
+            PubsubMessage(b"Hi", {"prompt_message_id": "forged"}, "5"),
+        ],
+        model,
+    )
+
+
+def test_a_megabyte_of_text_is_a_dead_letter_if_prompts_are_limited(model):
+    [message] = [PubsubMessage(b"word " * 200_000, {}, "1")]
+
+    def check(outputs):
+        assert ["limit is 64" in output.attributes["error"] for output in outputs] == [True]
+
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        ask = AskMessages(*model, max_response_tokens=2, max_prompt_tokens=64)
+        _, dead_letters = pipeline | beam.Create([message]) | ask
+        assert_that(dead_letters, check)
+
+
+def test_windows_and_timestamps_are_kept(model):
+    def when(element, timestamp=beam.DoFn.TimestampParam, window=beam.DoFn.WindowParam):
+        return element.attributes["prompt_message_id"], timestamp.micros // 1_000_000, window.start.micros
+
+    def check(outputs):
+        assert sorted(outputs) == [("0", 3, 0), ("1", 7, 5_000_000)]
+
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        messages = [
+            beam.window.TimestampedValue(PubsubMessage(b"Hi", {}, str(n)), second)
+            for n, second in enumerate([3, 7])
+        ]
+        responses, _ = (
+            pipeline
+            | beam.Create(messages)
+            | beam.Map(lambda message: message)
+            | beam.WindowInto(beam.window.FixedWindows(5))
+            | AskMessages(*model, max_response_tokens=2)
+        )
+        assert_that(responses | beam.Map(when), check)
+
+
+def test_errors_longer_than_an_attribute_may_be_are_cut():
+    message = PubsubMessage(b"Hi", None, "1")
+    letter = to_dead_letter(FailedPrompt((message, "Hi"), "é" * 2000), "model")
+    assert len(letter.attributes["error"].encode()) <= 1024
+    assert to_response((message, "text"), "model").attributes == {
+        "prompt_message_id": "1",
+        "model_name": "model",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["--messages-topic=t", "--messages-subscription=s"], "not allowed with"),
+        (
+            [
+                "--messages-topic=t",
+                "--responses-topic=r",
+                "--state-dict-path=p",
+                "--model-name=m",
+                "--max-response-tokens=0",
+            ],
+            "not 1 or more",
+        ),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(arguments, message, capsys):
+    with mock.patch.object(sys, "argv", ["pipeline", *arguments]), pytest.raises(SystemExit) as exit_:
+        pipeline_module.main()
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
