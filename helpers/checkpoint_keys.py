@@ -90,9 +90,9 @@ def plan_state_dict(checkpoint: Checkpoint, model: PreTrainedModel) -> StateDict
     """
     expected = model.state_dict(keep_vars=True)
     sources, unused = _sources(checkpoint, model, expected)
-    weights, missing = [], []
+    weights, missing, apart = [], [], _separate_head(checkpoint, model)
     for group in _tied_groups(model, expected):
-        weights += _share(group, sources, _separate_head(checkpoint, model) & set(group), missing)
+        weights += _share(group, sources, apart, missing)
     if missing:
         raise CheckpointError(
             f"{checkpoint.folder} lacks {len(missing)} of the {len(expected)} tensors of "
@@ -103,8 +103,8 @@ def plan_state_dict(checkpoint: Checkpoint, model: PreTrainedModel) -> StateDict
         shape = expected[weight.names[0]].shape
         if weight.spec.shape != shape:
             raise CheckpointError(
-                f"{checkpoint.folder}: {weight.names[0]} has shape {tuple(weight.spec.shape)}, but "
-                f"config.json asks for {tuple(shape)}: config and weights are of different models; download both again"
+                f"{checkpoint.folder}: {weight.names[0]} has shape {tuple(weight.spec.shape)}, but by "
+                f"config.json {tuple(shape)}: they are of different models; download both again"
             )
     order = {name: position for position, name in enumerate(sources)}
     weights.sort(key=lambda weight: min(order.get(name, 0) for name in weight.names))

@@ -4,18 +4,21 @@ import importlib.metadata
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from helpers.checkpoint import Checkpoint
-from helpers.checkpoint_keys import empty_model, plan_state_dict
+from helpers.checkpoint_keys import Weight, empty_model, plan_state_dict
 from helpers.companion_files import has_tokenizer, write_companion_files
 from helpers.manifest import MANIFEST, Manifest, companion_folder, crc32c_of
 from helpers.rounding import DTYPES, RoundingReport, rounded, rounded_dtype
 from helpers.state_dict_file import Place, StateDictFile
 from helpers.whole_file import partial_path, whole_or_absent
+
+THREADS = min(8, os.cpu_count() or 1)
 
 SPARE_BYTES = 64 * 2**20
 """Disk that must be free beside the state dict: for the companion folder."""
@@ -47,15 +50,12 @@ def write_state_dict(
             f"Not used of {folder}: {len(plan.unused)} tensors that the model has no place for, such as "
             f"{plan.unused[0]}"
         )
-    report = RoundingReport()
     with (
         whole_or_absent(path) as file,
         tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
     ):
         state_dict = StateDictFile(file, plan.names, places)
-        for index, weight in enumerate(plan.weights):
-            state_dict.write(index, rounded(weight.load(), target, weight.names[0], report))
-            bar.update(weight.spec.numel() * places[index][1].itemsize)
+        report = _write_weights(state_dict, plan.weights, target, bar)
         state_dict.finish()
         _read_back(file.name, plan.names, places)
         manifest = Manifest(
@@ -76,6 +76,33 @@ def write_state_dict(
         with whole_or_absent(Path(companion_folder(path)) / MANIFEST) as manifest_file:
             manifest_file.write(manifest.to_json().encode())
     return manifest
+
+
+def _write_weights(
+    state_dict: StateDictFile, weights: list[Weight], dtype: torch.dtype, bar: tqdm
+) -> RoundingReport:
+    def write(index: int) -> tuple[RoundingReport, int]:
+        report = RoundingReport()
+        size = state_dict.write(index, rounded(weights[index].load(), dtype, weights[index].names[0], report))
+        return report, size
+
+    total = RoundingReport()
+    torch_threads = torch.get_num_threads()
+    # Several threads with one of torch's each: for chunks this small torch's own spend their time waiting for
+    # each other, most of all on a machine that has other work too.
+    with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        tasks = [pool.submit(write, index) for index in range(len(weights))]
+        try:
+            for task in as_completed(tasks):
+                report, size = task.result()
+                total += report
+                bar.update(size)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(torch_threads)
+    return total
 
 
 def _check_disk(path: Path, size: int) -> None:

@@ -1,7 +1,7 @@
 """Rounding weights to a smaller dtype, and telling what that did to them.
 
 float16 has 10 bits of fraction and reaches from 6e-8 to 65504; bfloat16 has 7, and float32's reach. So
-float16 is more exact for weights of ordinary size, but overflows above 65504 and turns very small ones into zeros.
+float16 is more exact for weights of ordinary size, but overflows above 65504, and very small ones become 0.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ import torch
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-CHUNK = 2**20
-"""Numbers rounded at once: all that is in memory of a tensor, whatever its size."""
+CHUNK = 2**17
+"""Numbers rounded at once: all that is in memory of a tensor, whatever its size. They fit a core's cache."""
 
 
 class RoundingError(ValueError):
@@ -32,6 +32,12 @@ class RoundingReport:
     numbers: int = 0
     flushed: int = 0
     largest_relative_error: float = 0.0
+
+    def __iadd__(self, other: "RoundingReport") -> "RoundingReport":
+        self.numbers += other.numbers
+        self.flushed += other.flushed
+        self.largest_relative_error = max(self.largest_relative_error, other.largest_relative_error)
+        return self
 
     @property
     def flushed_share(self) -> float:
@@ -72,28 +78,34 @@ def rounded(
 def _round(exact: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingReport) -> torch.Tensor:
     if exact.dtype.itemsize == 1:  # float8 has no arithmetic of its own
         exact = exact.float()
-    lowest, highest = exact.aminmax()
-    if not (lowest.isfinite() and highest.isfinite()):
-        raise RoundingError(f"{name} holds NaN or infinity: the checkpoint is damaged; download it again")
     result = exact.to(dtype)
     if exact.dtype == dtype:
+        _check_range(exact, dtype, name)
         return result
-    # The largest and the smallest tell for all between them: rounding keeps their order.
+    wide = exact if exact.dtype == torch.float64 else exact.float()
+    error = result.to(wide.dtype).sub_(wide).div_(wide)
+    lowest, highest = (value.item() for value in error.aminmax())
+    # Most often that is all there is to see. A number that became zero has an error of -1, one that overflowed
+    # of infinity; one that was zero, or not a number, gives NaN.
+    if not -1 < lowest <= highest < 1:
+        _check_range(exact, dtype, name)
+        report.flushed += int(exact.count_nonzero() - result.count_nonzero())
+        kept = torch.where(error.abs() < 1, error, 0)
+        lowest, highest = (value.item() for value in kept.aminmax())
+    report.largest_relative_error = max(report.largest_relative_error, -lowest, highest)
+    return result
+
+
+def _check_range(exact: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    lowest, highest = exact.aminmax()  # NaN if there is one
+    if not (lowest.isfinite() and highest.isfinite()):
+        raise RoundingError(f"{name} holds NaN or infinity: the checkpoint is damaged; download it again")
     if not (lowest.to(dtype).isfinite() and highest.to(dtype).isfinite()):
         largest = max(-lowest.item(), highest.item())
         raise RoundingError(
             f"{name} holds {largest:.6g}, and {_name(dtype)} reaches {torch.finfo(dtype).max:.6g}: "
             "convert with --dtype bfloat16, or float32"
         )
-    kept = result.count_nonzero()
-    report.flushed += int(exact.count_nonzero() - kept)
-    if kept:
-        wide = exact if exact.dtype == torch.float64 else exact.float()
-        error = result.to(wide.dtype).sub_(wide).div_(wide).abs_()
-        # 1 where a number became zero (counted above); NaN where it was zero to begin with.
-        error = torch.where(error < 1, error, 0)
-        report.largest_relative_error = max(report.largest_relative_error, error.max().item())
-    return result
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@
 places. The result is what `torch.save` would have written, the checksums of its records included.
 """
 
+import os
 import struct
 import zipfile
 import zlib
@@ -43,8 +44,13 @@ class StateDictFile:
             if self._records[self._record_of[index]][1] != shape.numel() * dtype.itemsize:
                 raise RuntimeError(f"torch put {shared[0]} elsewhere: report this, with torch's version")
 
-    def write(self, index: int, chunks: Iterable[torch.Tensor]) -> None:
+    def write(self, index: int, chunks: Iterable[torch.Tensor]) -> int:
         """Fills place number `index` with one-dimensional tensors of its dtype, one after the other.
+
+        Several threads may write at once, each to a place of its own.
+
+        Returns:
+            The bytes written.
 
         Raises:
             ValueError: they do not fill the place exactly.
@@ -53,17 +59,19 @@ class StateDictFile:
         record = self._record_of[index]
         start, size = self._records[record]
         position, checksum = start, 0
-        self._file.seek(start)
         for chunk in chunks:
             data = memoryview(chunk.contiguous().view(torch.uint8).numpy())
-            position += len(data)
-            if position > start + size:
+            if position + len(data) > start + size:
+                position += len(data)
                 break
             checksum = zlib.crc32(data, checksum)
-            self._file.write(data)
+            while data:
+                written = os.pwrite(self._file.fileno(), data, position)
+                position, data = position + written, data[written:]
         if position != start + size:
             raise ValueError(f"{position - start} bytes given for a tensor of {size}")
         self._checksums[record] = checksum
+        return size
 
     def finish(self) -> None:
         """Writes the checksums of the tensors' records, so that any tool for zip files finds it whole."""

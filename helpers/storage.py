@@ -94,21 +94,6 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         return _blob(path).download_as_bytes()
 
 
-def list_files(folder: str | os.PathLike) -> list[str]:
-    """The paths of the files or objects directly in `folder`, in the order of their names.
-
-    Raises:
-        FileNotFoundError: the bucket does not exist, or there is no such folder on this machine.
-        PermissionError, StorageError: Cloud Storage could not be asked.
-    """
-    if not is_cloud(folder):
-        return sorted(str(path) for path in Path(folder).iterdir() if path.is_file())
-    bucket, name = parse(str(folder))
-    with _explained(folder):
-        blobs = _client().list_blobs(bucket, prefix=f"{name.rstrip('/')}/", delimiter="/")
-        return [f"gs://{bucket}/{blob.name}" for blob in blobs if not blob.name.endswith("/")]
-
-
 def size_and_crc32c(path: str | os.PathLike) -> tuple[int, str]:
     """The size in bytes and the CRC-32C (base64): read for a local file, asked for in Cloud Storage.
 
