@@ -1,0 +1,46 @@
+# `make run` and `make test` work in a fresh clone: each sets up .venv first.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DELETE_ON_ERROR:
+.PHONY: install run test test-all bench lint format notebooks lab clean help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(INSTALLED): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; found " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12") if sys.version_info < (3, 11) else 0'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip --constraint constraints.txt
+	$(PY) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+install: $(INSTALLED) ## set up .venv
+
+run: $(INSTALLED) ## run the notebooks in order on this machine, into out/
+	$(PY) tools/run_notebooks.py --out out
+
+test: $(INSTALLED) ## the tests
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED) ## the tests, those that take minutes too
+	$(PY) -m pytest
+
+lint: $(INSTALLED) ## check modules and notebooks
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+format: $(INSTALLED) ## format modules and notebooks
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+notebooks: $(INSTALLED) ## run the notebooks on this machine and commit their outputs to notebooks/
+	$(PY) tools/run_notebooks.py --out out --commit
+
+lab: $(INSTALLED) ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+clean: ## remove what the notebooks left: executed copies and the local cloud's objects
+	rm -rf out .local_cloud
