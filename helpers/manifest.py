@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 
 from helpers import storage
-from helpers.storage import crc32c_of
+from helpers.transfer import crc32c_of
 
 __all__ = ["MANIFEST", "Manifest", "companion_folder", "crc32c_of", "manifest_path", "read_manifest"]
 

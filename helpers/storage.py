@@ -1,41 +1,29 @@
-"""Files by their path, on this machine or in Cloud Storage (`gs://BUCKET/NAME`), with every transfer checked.
+"""Files by their path, on this machine or in Cloud Storage (`gs://BUCKET/NAME`), whole and checked.
 
 Google's client is imported when the first `gs://` path is used: local paths need neither it nor credentials.
 """
 
-import base64
-import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.transfer import (
+    CHUNK_BYTES,
+    Progress,
+    StorageError,
+    crc32c_of,
+    delete_parts,
+    download_object,
+    upload_object,
+)
 from helpers.whole_file import whole_or_absent
 
 if TYPE_CHECKING:
     from google.cloud.storage import Blob, Client
-
-CHUNK_BYTES = 16 * 2**20
-"""What one thread holds in memory while it transfers."""
-
-PART_BYTES = 64 * 2**20
-"""The smallest part worth an upload of its own: files up to this size go up in one request."""
-
-MAX_PARTS = 32
-"""What Cloud Storage composes at once: https://cloud.google.com/storage/docs/composite-objects"""
-
-THREADS = 4
-
-Progress = Callable[[int], object]
-"""Called with the number of bytes moved since the last call."""
-
-
-class StorageError(OSError):
-    """A transfer that did not succeed for a reason other than a missing file or a missing permission."""
 
 
 def is_cloud(path: str | os.PathLike) -> bool:
@@ -53,20 +41,6 @@ def parse(uri: str) -> tuple[str, str]:
     if not is_cloud(uri) or not bucket or not name:
         raise ValueError(f"{uri!r} is not an object in Cloud Storage: write it as gs://BUCKET/FOLDER/NAME")
     return bucket, name
-
-
-def crc32c_of(path: str | os.PathLike, start: int = 0, size: int | None = None) -> str:
-    """The CRC-32C of a local file, or of `size` bytes of it from `start`, in base64: what Cloud Storage calls
-    an object's `crc32c`."""
-    import google_crc32c
-
-    checksum, left = google_crc32c.Checksum(), size
-    with open(path, "rb") as file:
-        file.seek(start)
-        while data := file.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)):
-            checksum.update(data)
-            left = None if left is None else left - len(data)
-    return base64.b64encode(checksum.digest()).decode()
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -120,20 +94,7 @@ def download(
     if not is_cloud(path):
         return _copy(Path(path), local_file, progress)
     with _explained(path), whole_or_absent(local_file) as file:
-        blob = _blob(path)
-        blob.reload()
-        # All chunks of one generation, although the object may be replaced while they are read.
-        blob = blob.bucket.blob(blob.name, generation=blob.generation)
-        blob.reload()
-        file.truncate(blob.size)
-        _in_parallel(
-            partial(_download_chunk, blob, file.name, start, min(CHUNK_BYTES, blob.size - start), progress)
-            for start in range(0, blob.size, CHUNK_BYTES)
-        )
-        if (found := crc32c_of(file.name)) != blob.crc32c:
-            raise StorageError(
-                f"{path} arrived damaged (crc32c {found}, should be {blob.crc32c}): download it again"
-            )
+        download_object(_blob(path), file.name, progress)
     return None
 
 
@@ -165,39 +126,26 @@ def upload(
 ) -> None:
     """Copies a local file to `path`, where it appears whole and checked or not at all.
 
-    A large file goes up as parts in parallel, under `PATH.parts/`, which Cloud Storage then composes; parts
-    of an interrupted upload are used again by the next one. An identical object at `path` is left as it is.
+    An identical object at `path` is left as it is.
 
     Raises:
         FileExistsError: there is another file at `path`, and `overwrite` is False.
         FileNotFoundError: the local file, or the bucket, does not exist.
         PermissionError, StorageError: as `read_bytes`.
     """
-    size = Path(local_file).stat().st_size
     if not is_cloud(path):
         if Path(path).exists() and not overwrite:
             raise _exists_already(path)
         return _copy(Path(local_file), path, progress)
-    crc32c = crc32c_of(local_file)
+    content = (os.path.getsize(local_file), crc32c_of(local_file))
     with _explained(path):
         found = _lookup(path)
-        if found and (found.size, found.crc32c) == (size, crc32c):
-            _delete_parts(path)
-            return None
+        if found and (found.size, found.crc32c) == content:
+            return delete_parts(found, found.size)
         if found and not overwrite:
             raise _exists_already(path)
         # Also where overwriting is asked for: what is replaced is what was seen, not what came since.
-        generation = found.generation if found else 0
-        if size <= PART_BYTES:
-            blob = _upload_slice(local_file, _blob(path), 0, size, progress, generation)
-        else:
-            blob = _upload_in_parts(local_file, path, size, crc32c, progress, generation)
-        if (blob.size, blob.crc32c) != (size, crc32c):
-            blob.delete(if_generation_match=blob.generation)
-            raise StorageError(
-                f"{path} arrived damaged (crc32c {blob.crc32c}, not {crc32c}) and was deleted: try again"
-            )
-        _delete_parts(path)
+        upload_object(local_file, _blob(path), found.generation if found else 0, progress)
     return None
 
 
@@ -264,89 +212,6 @@ def _lookup(path: str | os.PathLike) -> "Blob | None":
     return blob
 
 
-def _in_parallel(tasks: Iterator[Callable[[], object]]) -> None:
-    with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _download_chunk(blob: "Blob", file_name: str, start: int, size: int, progress: Progress | None) -> None:
-    with open(file_name, "r+b") as file:
-        file.seek(start)
-        # The checksum that Cloud Storage sends is the whole object's; the caller checks it.
-        blob.download_to_file(file, start=start, end=start + size - 1, raw_download=True, checksum=None)
-    if progress:
-        progress(size)
-
-
-def _upload_in_parts(
-    local_file: str | os.PathLike,
-    path: str | os.PathLike,
-    size: int,
-    crc32c: str,
-    progress: Progress | None,
-    generation: int,
-) -> "Blob":
-    part_size = max(PART_BYTES, -(-size // MAX_PARTS))
-    starts = range(0, size, part_size)
-    # The content's checksum in their names: a part is only used again for the same content.
-    folder = f"{_parts_folder(path)}{crc32c.replace('/', '_')}-{size}"
-    parts = [_blob(f"{folder}/{index:02d}") for index in range(len(starts))]
-    _in_parallel(
-        partial(_upload_part, local_file, part, start, min(part_size, size - start), progress)
-        for part, start in zip(parts, starts, strict=True)
-    )
-    blob = _blob(path)
-    blob.content_type = "application/octet-stream"
-    blob.compose(
-        parts, if_generation_match=generation, if_source_generation_match=[part.generation for part in parts]
-    )
-    return blob
-
-
-def _upload_part(
-    local_file: str | os.PathLike, part: "Blob", start: int, size: int, progress: Progress | None
-) -> None:
-    crc32c = crc32c_of(local_file, start, size)
-    found = part.exists() and (part.reload() or (part.size, part.crc32c) == (size, crc32c))
-    if found:
-        if progress:
-            progress(size)
-        return
-    _upload_slice(local_file, part, start, size, progress, None)
-    if (part.size, part.crc32c) != (size, crc32c):
-        raise StorageError(f"{part.name} arrived damaged: upload again")
-
-
-def _upload_slice(
-    local_file: str | os.PathLike,
-    blob: "Blob",
-    start: int,
-    size: int,
-    progress: Progress | None,
-    generation: int | None,
-) -> "Blob":
-    with _Slice(local_file, start, size, progress) as data:
-        blob.upload_from_file(data, size=size, if_generation_match=generation, checksum="crc32c")
-    return blob
-
-
-def _parts_folder(path: str | os.PathLike) -> str:
-    return f"{path}.parts/"
-
-
-def _delete_parts(path: str | os.PathLike) -> None:
-    """Deletes the parts of this and of interrupted uploads to `path`."""
-    bucket, prefix = parse(_parts_folder(path))
-    for blob in _client().list_blobs(bucket, prefix=prefix):
-        blob.delete()
-
-
 def _copy(source: Path, target: str | os.PathLike, progress: Progress | None) -> None:
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: check the path")
@@ -396,41 +261,3 @@ def _explained(path: str | os.PathLike) -> Iterator[None]:
         ) from error
     except (exceptions.GoogleAPIError, requests.RequestException) as error:
         raise StorageError(f"{path}: {error}; check the connection, then try again") from error
-
-
-class _Slice(io.RawIOBase):
-    """Part of a file as a file of its own, which reports what is read of it."""
-
-    def __init__(self, path: str | os.PathLike, start: int, size: int, progress: Progress | None) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 - closed with this object
-        self._start, self._size, self._progress = start, size, progress
-        self._position, self._reported = 0, 0
-
-    def read(self, size: int = -1) -> bytes:
-        left = self._size - self._position
-        self._file.seek(self._start + self._position)
-        data = self._file.read(left if size is None or size < 0 else min(size, left))
-        self._position += len(data)
-        if self._progress and self._position > self._reported:  # a retry reads the same bytes again
-            self._progress(self._position - self._reported)
-            self._reported = self._position
-        return data
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        )
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -1,0 +1,217 @@
+"""Moving one object to or from Cloud Storage: in parallel, in constant memory, every byte checked.
+
+A large upload goes up as parts beside its destination (`NAME.parts/`), which Cloud Storage then composes into
+one object. So the object appears whole, a precondition holds for all of it, and the parts of an interrupted
+upload are used again by the next one. (Google's own `transfer_manager` uploads parallel parts through the XML
+API, which knows no preconditions.)
+"""
+
+import base64
+import io
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from google.cloud.storage import Blob
+
+CHUNK_BYTES = 16 * 2**20
+"""What one thread holds in memory while it transfers."""
+
+PART_BYTES = 64 * 2**20
+"""The smallest part worth an upload of its own: files up to this size go up in one request."""
+
+MAX_PARTS = 32
+"""What Cloud Storage composes at once: https://cloud.google.com/storage/docs/composite-objects"""
+
+THREADS = 4
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes moved since the last call."""
+
+
+class StorageError(OSError):
+    """A transfer that failed for another reason than a missing file or a missing permission."""
+
+
+def crc32c_of(path: str | os.PathLike, start: int = 0, size: int | None = None) -> str:
+    """The CRC-32C of a local file, or of `size` bytes of it from `start`, in base64: what Cloud Storage calls
+    an object's `crc32c`."""
+    import google_crc32c
+
+    checksum, left = google_crc32c.Checksum(), size
+    with open(path, "rb") as file:
+        file.seek(start)
+        while data := file.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)):
+            checksum.update(data)
+            left = None if left is None else left - len(data)
+    return base64.b64encode(checksum.digest()).decode()
+
+
+def download_object(blob: "Blob", file_name: str, progress: Progress | None = None) -> None:
+    """Downloads an object into a file that exists, and checks what arrived.
+
+    Raises:
+        StorageError: the checksum differs.
+        google.api_core.exceptions.GoogleAPIError: Cloud Storage refused.
+    """
+    blob.reload()
+    # All chunks of one generation, although the object may be replaced while they are read.
+    fixed = blob.bucket.blob(blob.name, generation=blob.generation)
+    os.truncate(file_name, blob.size)
+
+    def download_chunk(start: int) -> None:
+        size = min(CHUNK_BYTES, blob.size - start)
+        with open(file_name, "r+b") as file:
+            file.seek(start)
+            # A chunk has no checksum of its own: the whole file's is checked below.
+            fixed.download_to_file(file, start=start, end=start + size - 1, raw_download=True, checksum=None)
+        if progress:
+            progress(size)
+
+    _in_parallel(partial(download_chunk, start) for start in range(0, blob.size, CHUNK_BYTES))
+    if (found := crc32c_of(file_name)) != blob.crc32c:
+        raise StorageError(
+            f"{_uri(blob)} arrived damaged (crc32c {found}, not {blob.crc32c}): download it again"
+        )
+
+
+def upload_object(
+    local_file: str | os.PathLike, blob: "Blob", generation: int, progress: Progress | None = None
+) -> None:
+    """Uploads a file, as one object that appears whole, and checks what arrived.
+
+    Args:
+        local_file: to upload.
+        blob: the destination.
+        generation: what must be there when it appears: that generation of the object, or 0 for none.
+        progress: called as the bytes go.
+
+    Raises:
+        StorageError: the checksum differs; the object is deleted again.
+        google.api_core.exceptions.GoogleAPIError: Cloud Storage refused.
+    """
+    size, crc32c = os.path.getsize(local_file), crc32c_of(local_file)
+    if size <= PART_BYTES:
+        _upload_slice(local_file, blob, 0, size, generation, progress)
+    else:
+        _upload_in_parts(local_file, blob, size, crc32c, generation, progress)
+    if (blob.size, blob.crc32c) != (size, crc32c):
+        blob.delete(if_generation_match=blob.generation)
+        raise StorageError(
+            f"{_uri(blob)} arrived damaged (crc32c {blob.crc32c}, not {crc32c}) and was deleted: try again"
+        )
+    delete_parts(blob, size)
+
+
+def delete_parts(blob: "Blob", size: int) -> None:
+    """Deletes what interrupted uploads of `size` bytes to an object may have left."""
+    if size <= PART_BYTES:
+        return
+    for part in blob.client.list_blobs(blob.bucket, prefix=f"{blob.name}.parts/"):
+        part.delete()
+
+
+def _upload_in_parts(
+    local_file: str | os.PathLike,
+    blob: "Blob",
+    size: int,
+    crc32c: str,
+    generation: int,
+    progress: Progress | None,
+) -> None:
+    part_size = max(PART_BYTES, -(-size // MAX_PARTS))
+    # The content's checksum in their names: a part is used again only for the same content.
+    folder = f"{blob.name}.parts/{crc32c.replace('/', '_')}-{size}"
+    parts = [
+        (
+            blob.bucket.blob(f"{folder}/{index:02d}", chunk_size=CHUNK_BYTES),
+            start,
+            min(part_size, size - start),
+        )
+        for index, start in enumerate(range(0, size, part_size))
+    ]
+
+    def upload_part(part: "Blob", start: int, part_size: int) -> None:
+        expected = (part_size, crc32c_of(local_file, start, part_size))
+        if part.exists():
+            part.reload()
+        if (part.size, part.crc32c) == expected:
+            if progress:
+                progress(part_size)
+            return
+        _upload_slice(local_file, part, start, part_size, None, progress)
+        if (part.size, part.crc32c) != expected:
+            raise StorageError(f"{_uri(part)} arrived damaged: upload again")
+
+    _in_parallel(partial(upload_part, *part) for part in parts)
+    blob.content_type = "application/octet-stream"
+    blobs = [part for part, _, _ in parts]
+    generations = [part.generation for part in blobs]
+    blob.compose(blobs, if_generation_match=generation, if_source_generation_match=generations)
+
+
+def _upload_slice(
+    local_file: str | os.PathLike,
+    blob: "Blob",
+    start: int,
+    size: int,
+    generation: int | None,
+    progress: Progress | None,
+) -> None:
+    with _Slice(local_file, start, size, progress) as data:
+        blob.upload_from_file(data, size=size, if_generation_match=generation, checksum="crc32c")
+
+
+def _in_parallel(tasks: Iterable[Callable[[], object]]) -> None:
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _uri(blob: "Blob") -> str:
+    return f"gs://{blob.bucket.name}/{blob.name}"
+
+
+class _Slice(io.RawIOBase):
+    """Part of a file as a file of its own, which reports what is read of it."""
+
+    def __init__(self, path: str | os.PathLike, start: int, size: int, progress: Progress | None) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - closed with this object
+        self._start, self._size, self._progress = start, size, progress
+        self._position, self._reported = 0, 0
+
+    def read(self, size: int = -1) -> bytes:
+        left = self._size - self._position
+        self._file.seek(self._start + self._position)
+        data = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._position += len(data)
+        if self._progress and self._position > self._reported:  # a retry reads the same bytes again
+            self._progress(self._position - self._reported)
+            self._reported = self._position
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
