@@ -94,7 +94,7 @@ def encode_token(last: str) -> str:
 def decode_token(token: str) -> str:
     """The entry of a page token; HttpError 400 when it is none."""
     try:
-        return base64.urlsafe_b64decode(token).decode()
+        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except ValueError:
         raise HttpError(400, f"Invalid page token: '{token}'.", "invalidParameter") from None
 
