@@ -62,7 +62,7 @@ def alpn_protocols(client_hello: bytes) -> list[str]:
                 int.from_bytes(client_hello[at : at + 2]),
                 int.from_bytes(client_hello[at + 2 : at + 4]),
             )
-            if kind == 16:
+            if kind == 16 and at + 4 + size <= len(client_hello):
                 names, protocols = client_hello[at + 6 : at + 4 + size], []
                 while names:
                     protocols.append(names[1 : 1 + names[0]].decode("latin-1"))

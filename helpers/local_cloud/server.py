@@ -40,6 +40,9 @@ class LocalCloud:
         self._on_stop = contextlib.ExitStack()
         try:
             self._start(offline, port)
+        except OSError as error:
+            self.stop()
+            raise LocalCloudError(f"{self.folder} cannot be used: {error}. Name another folder.") from error
         except BaseException:
             self.stop()
             raise
@@ -49,6 +52,7 @@ class LocalCloud:
         self._on_stop.callback(scratch.remove)
         certificate = certificates.make_certificate()
         grpc_server = grpc.server(futures.ThreadPoolExecutor(GRPC_THREADS), options=GRPC_OPTIONS)
+        self._on_stop.callback(lambda: grpc_server.stop(grace=0.5).wait(5))
         identity = grpc.ssl_server_credentials([(certificate.key, certificate.certificate)])
         router = Router()
         try:
@@ -77,7 +81,6 @@ class LocalCloud:
         )
         self._add_services(grpc_server, router)
         grpc_server.start()
-        self._on_stop.callback(lambda: grpc_server.stop(grace=0.5).wait(5))
         proxy.start()
 
     def _add_services(self, grpc_server: grpc.Server, router: Router) -> None:
