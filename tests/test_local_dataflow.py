@@ -1,0 +1,482 @@
+"""Dataflow jobs of the local cloud, submitted with Beam's own DataflowRunner."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import apache_beam as beam
+import psutil
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.dataflow.dataflow_metrics import DataflowMetrics
+from apache_beam.runners.dataflow.dataflow_runner import DataflowRunner
+from apache_beam.runners.dataflow.internal.apiclient import DataflowJobAlreadyExistsError
+from google.api_core import exceptions
+from google.cloud import dataflow_v1beta3 as dataflow
+from google.cloud import pubsub_v1, storage
+from google.protobuf import field_mask_pb2, struct_pb2
+
+REGION = "us-central1"
+BUCKET = "dataflow-test"
+State = dataflow.JobState
+ENDED = {"DONE", "FAILED", "CANCELLED", "UPDATED", "DRAINED"}
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def bucket(cloud):
+    return storage.Client(project=cloud.project).create_bucket(BUCKET)
+
+
+@pytest.fixture
+def jobs(cloud, bucket):
+    """Submits jobs; those that still run are cancelled at the end."""
+    submitted = Jobs(cloud.project)
+    yield submitted
+    submitted.cancel_all()
+
+
+@pytest.fixture
+def pubsub(cloud):
+    client = Messages(cloud.project)
+    yield client
+    client.close()
+
+
+class Jobs:
+    def __init__(self, project):
+        self.project = project
+        self.jobs = dataflow.JobsV1Beta3Client()
+        self._messages = dataflow.MessagesV1Beta3Client()
+        self._submitted = []
+
+    def submit(self, build, *arguments, name=None, streaming=True):
+        """Builds a pipeline and submits it; returns Beam's result."""
+        options = PipelineOptions(
+            [
+                f"--project={self.project}",
+                f"--region={REGION}",
+                f"--temp_location=gs://{BUCKET}/temp",
+                f"--job_name={name or f'job-{next(_numbers)}'}",
+                "--labels=made-by=test",
+                *(["--streaming"] if streaming else []),
+                *arguments,
+            ]
+        )
+        pipeline = beam.Pipeline(runner=DataflowRunner(), options=options)
+        build(pipeline)
+        result = pipeline.run()
+        self._submitted.append(result.job_id())
+        return result
+
+    def of(self, request, job_id, **fields):
+        return request(project_id=self.project, location=REGION, job_id=job_id, **fields)
+
+    def get(self, job_id):
+        return self.jobs.get_job(self.of(dataflow.GetJobRequest, job_id))
+
+    def state(self, job_id):
+        return self.get(job_id).current_state.name.removeprefix("JOB_STATE_")
+
+    def ask(self, job_id, state):
+        job = dataflow.Job(requested_state=State[f"JOB_STATE_{state}"])
+        return self.jobs.update_job(self.of(dataflow.UpdateJobRequest, job_id, job=job))
+
+    def drain(self, job_id):
+        self.ask(job_id, "DRAINED")
+        self.wait_for(job_id, "DRAINED")
+
+    def wait_for(self, job_id, state, seconds=60):
+        end = time.monotonic() + seconds
+        while (now := self.state(job_id)) != state:
+            if now in ENDED or time.monotonic() > end:
+                pytest.fail(f"job {job_id} is {now}, not {state}: {self.messages(job_id)[-3:]}")
+            time.sleep(0.1)
+
+    def messages(self, job_id, importance="BASIC"):
+        request = self.of(
+            dataflow.ListJobMessagesRequest,
+            job_id,
+            minimum_importance=dataflow.JobMessageImportance[f"JOB_MESSAGE_{importance}"],
+        )
+        return [m.message_text for m in self._messages.list_job_messages(request)]
+
+    def cancel_all(self):
+        for job_id in self._submitted:
+            if self.state(job_id) not in ENDED:
+                self.ask(job_id, "CANCELLED")
+        for job_id in self._submitted:
+            wait_until(lambda job_id=job_id: self.state(job_id) in ENDED)
+
+
+class Messages:
+    """Topics with a subscription each, for one test."""
+
+    def __init__(self, project):
+        self.project = project
+        self._publisher = pubsub_v1.PublisherClient()
+        self._subscriber = pubsub_v1.SubscriberClient()
+        self._made = []
+
+    def make(self, name):
+        """A new topic and its subscription."""
+        unique = f"{name}-{next(_numbers)}"
+        topic = f"projects/{self.project}/topics/{unique}"
+        subscription = f"projects/{self.project}/subscriptions/{unique}"
+        self._publisher.create_topic(name=topic)
+        self._subscriber.create_subscription(name=subscription, topic=topic)
+        self._made.append((topic, subscription))
+        return topic, subscription
+
+    def publish(self, topic, texts):
+        """Returns the messages' ids."""
+        futures = [self._publisher.publish(topic, text.encode(), source="test") for text in texts]
+        return [future.result(60) for future in futures]
+
+    def collect(self, subscription, count, seconds=60):
+        """Pulls and acknowledges until `count` messages have come or the time is over."""
+        collected, end = [], time.monotonic() + seconds
+        while len(collected) < count and time.monotonic() < end:
+            received = self._subscriber.pull(subscription=subscription, max_messages=1000).received_messages
+            if received:
+                ack_ids = [m.ack_id for m in received]
+                self._subscriber.acknowledge(subscription=subscription, ack_ids=ack_ids)
+                collected += [m.message for m in received]
+        return collected
+
+    def collect_rest(self, subscription):
+        """What is left in a subscription."""
+        return self.collect(subscription, sys.maxsize, seconds=1)
+
+    def subscriptions(self):
+        return {s.name for s in self._subscriber.list_subscriptions(project=f"projects/{self.project}")}
+
+    def close(self):
+        for topic, subscription in self._made:
+            self._publisher.delete_topic(topic=topic)
+            self._subscriber.delete_subscription(subscription=subscription)
+        self._publisher.stop()
+        self._subscriber.close()
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def worker_pids(cloud):
+    pids = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "dataflow_worker" in command and any(str(cloud.folder) in part for part in command):
+            pids.append(process.pid)
+    return pids
+
+
+def echo(pause=0.0, fail_on=""):
+    """A DoFn that answers a message with its text and its id; made here, it is pickled by value."""
+
+    class Echo(beam.DoFn):
+        answered = beam.metrics.Metrics.counter("test", "answered")
+        lengths = beam.metrics.Metrics.distribution("test", "length")
+
+        def process(self, message):
+            text = message.data.decode()
+            if fail_on and text == fail_on:
+                raise ValueError(f"cannot answer {text}")
+            time.sleep(pause)
+            self.answered.inc()
+            self.lengths.update(len(text))
+            attributes = {**message.attributes, "prompt": message.message_id}
+            yield beam.io.PubsubMessage(message.data, attributes)
+
+    return Echo()
+
+
+def stream(source, responses, function):
+    """A pipeline from a subscription to a topic."""
+
+    def build(pipeline):
+        _ = (
+            pipeline
+            | "Read" >> beam.io.ReadFromPubSub(subscription=source, with_attributes=True)
+            | "Answer" >> beam.ParDo(function)
+            | "Write" >> beam.io.WriteToPubSub(responses, with_attributes=True)
+        )
+
+    return build
+
+
+def test_a_batch_job_writes_its_output_and_its_metrics(jobs, bucket):
+    def build(pipeline):
+        class Shout(beam.DoFn):
+            words = beam.metrics.Metrics.counter("test", "words")
+
+            def process(self, word):
+                self.words.inc()
+                yield word.upper()
+
+        words = pipeline | beam.Create(["one", "two", "two"]) | "Shout" >> beam.ParDo(Shout())
+        counts = words | beam.combiners.Count.PerElement() | beam.Map(lambda pair: f"{pair[0]} {pair[1]}")
+        _ = counts | beam.io.WriteToText(f"gs://{BUCKET}/output/words", shard_name_template="")
+
+    result = jobs.submit(build, streaming=False)
+    jobs.wait_for(result.job_id(), "DONE")
+    assert sorted(bucket.blob("output/words").download_as_text().split("\n")) == ["", "ONE 1", "TWO 2"]
+    (counter,) = metrics_of(result)["counters"]
+    assert (counter.key.step, counter.key.metric.name, counter.committed) == ("Shout", "words", 3)
+    with pytest.raises(exceptions.FailedPrecondition):
+        jobs.ask(result.job_id(), "CANCELLED")
+
+
+def metrics_of(result):
+    """What Beam's client makes of the job's metrics."""
+    client = result._runner.dataflow_client
+    return DataflowMetrics(client, result, result._runner.job).query()
+
+
+def test_a_failing_batch_job_ends_with_its_traceback_in_its_messages(jobs):
+    def build(pipeline):
+        _ = pipeline | beam.Create([1]) | "Divide" >> beam.Map(lambda x: x / 0)
+
+    job_id = jobs.submit(build, streaming=False).job_id()
+    jobs.wait_for(job_id, "FAILED")
+    (error,) = jobs.messages(job_id, "ERROR")
+    assert "Traceback" in error
+    assert "ZeroDivisionError" in error
+    with pytest.raises(exceptions.FailedPrecondition, match="FAILED"):
+        jobs.ask(job_id, "DRAINED")
+
+
+def test_a_drained_streaming_job_loses_nothing(cloud, jobs, pubsub):
+    prompts, source = pubsub.make("prompts")
+    responses, answers = pubsub.make("responses")
+    result = jobs.submit(stream(source, responses, echo(pause=0.005)), name="drained")
+    job_id = result.job_id()
+    jobs.wait_for(job_id, "RUNNING")
+    ids = pubsub.publish(prompts, [f"prompt {i}" for i in range(1000)])
+    answered = pubsub.collect(answers, 100)
+
+    with pytest.raises(DataflowJobAlreadyExistsError, match="already active job named drained"):
+        jobs.submit(stream(source, responses, echo()), name="drained")
+    active = dataflow.ListJobsRequest.Filter.ACTIVE
+    (listed,) = jobs.jobs.list_jobs(
+        dataflow.ListJobsRequest(project_id=cloud.project, location=REGION, filter=active)
+    )
+    assert (listed.id, dict(listed.labels)) == (job_id, {"made-by": "test"})
+
+    jobs.drain(job_id)
+    answered += pubsub.collect_rest(answers)
+    left = pubsub.collect_rest(source)
+    assert 100 <= len(answered) < 1000
+    assert sorted([m.attributes["prompt"] for m in answered] + [m.message_id for m in left]) == sorted(ids)
+    assert {m.attributes["source"] for m in answered} == {"test"}
+
+    found = metrics_of(result)
+    (counter,), (distribution,) = found["counters"], found["distributions"]
+    assert (counter.key.step, counter.committed) == ("Answer", len(answered))
+    assert distribution.committed.count == len(answered)
+    assert distribution.committed.min == len("prompt 0")
+    with pytest.raises(exceptions.FailedPrecondition, match="DRAINED"):
+        jobs.ask(job_id, "DRAINED")
+    assert worker_pids(cloud) == []
+
+
+def test_a_killed_worker_is_replaced_and_loses_nothing(cloud, jobs, pubsub):
+    prompts, source = pubsub.make("prompts")
+    responses, answers = pubsub.make("responses")
+    job_id = jobs.submit(stream(source, responses, echo(pause=0.01))).job_id()
+    jobs.wait_for(job_id, "RUNNING")
+    ids = pubsub.publish(prompts, [str(i) for i in range(500)])
+    answered = {m.attributes["prompt"] for m in pubsub.collect(answers, 50)}
+    (pid,) = worker_pids(cloud)
+    os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 90
+    while len(answered) < len(ids) and time.monotonic() < end:
+        answered |= {m.attributes["prompt"] for m in pubsub.collect(answers, 1)}
+    assert answered == set(ids)
+    assert any("SIGKILL" in text for text in jobs.messages(job_id, "WARNING"))
+    jobs.drain(job_id)
+    assert pubsub.collect_rest(source) == []
+
+
+def test_a_message_that_always_fails_comes_again_and_lets_others_pass(jobs, pubsub):
+    prompts, source = pubsub.make("prompts")
+    responses, answers = pubsub.make("responses")
+    job_id = jobs.submit(stream(source, responses, echo(fail_on="bad"))).job_id()
+    jobs.wait_for(job_id, "RUNNING")
+    pubsub.publish(prompts, ["bad" if i == 20 else "good" for i in range(50)])
+    assert {m.data for m in pubsub.collect(answers, 49)} == {b"good"}
+    errors = jobs.messages(job_id, "ERROR")
+    assert "ValueError: cannot answer bad" in errors[0]
+    jobs.ask(job_id, "CANCELLED")
+    jobs.wait_for(job_id, "CANCELLED")
+    (left,) = pubsub.collect(source, 1, seconds=30)
+    assert left.data == b"bad"
+
+
+def test_a_windowed_sum_of_a_topic_is_complete_when_the_job_is_drained(jobs, pubsub):
+    prompts, _ = pubsub.make("prompts")
+    seen, seen_answers = pubsub.make("seen")
+    sums, sums_answers = pubsub.make("sums")
+    before = pubsub.subscriptions()
+
+    def build(pipeline):
+        texts = pipeline | beam.io.ReadFromPubSub(topic=prompts)
+        _ = texts | "Seen" >> beam.io.WriteToPubSub(seen)
+        _ = (
+            texts
+            | beam.Map(lambda text: (text[:1].decode(), 1))
+            | beam.WindowInto(beam.window.FixedWindows(3600))
+            | beam.CombinePerKey(sum)
+            | "Text" >> beam.Map(lambda pair: f"{pair[0]}{pair[1]}".encode())
+            | "Sums" >> beam.io.WriteToPubSub(sums)
+        )
+
+    job_id = jobs.submit(build).job_id()
+    jobs.wait_for(job_id, "RUNNING")
+    assert any("no user metrics" in text for text in jobs.messages(job_id, "WARNING"))
+    (own,) = pubsub.subscriptions() - before
+    texts = [f"a{i}" for i in range(150)] + [f"b{i}" for i in range(50)]
+    pubsub.publish(prompts, texts)
+    assert sorted(m.data.decode() for m in pubsub.collect(seen_answers, 200)) == sorted(texts)
+    early = pubsub.collect_rest(sums_answers)  # nothing, unless an hour has just ended
+    jobs.drain(job_id)
+    total = {"a": 0, "b": 0}
+    for message in early + pubsub.collect_rest(sums_answers):
+        text = message.data.decode()
+        total[text[0]] += int(text[1:])
+    assert total == {"a": 150, "b": 50}
+    assert own not in pubsub.subscriptions()
+
+
+def package(folder, name):
+    """A source package whose module has a function `answer`; the module can be imported here."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(
+        textwrap.dedent(
+            """
+            def answer(text):
+                return f"answer to {text}"
+            """
+        )
+    )
+    setup = folder / "setup.py"
+    setup.write_text(
+        f"from setuptools import setup\nsetup(name='{name}', version='1', packages=['{name}'])\n"
+    )
+    return setup
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "batch"])
+def test_a_job_whose_package_was_not_staged_fails_for_that_reason(
+    jobs, pubsub, tmp_path, monkeypatch, streaming
+):
+    package(tmp_path, "not_staged")
+    monkeypatch.syspath_prepend(tmp_path)
+    import not_staged
+
+    _, source = pubsub.make("prompts")
+
+    def build(pipeline):
+        if streaming:
+            lines = pipeline | beam.io.ReadFromPubSub(subscription=source)
+        else:
+            lines = pipeline | beam.Create([b"x"])
+        _ = lines | beam.Map(not_staged.answer)
+
+    job_id = jobs.submit(build, streaming=streaming).job_id()
+    jobs.wait_for(job_id, "FAILED")
+    (error,) = jobs.messages(job_id, "ERROR")
+    assert "ModuleNotFoundError: No module named 'not_staged'" in error
+
+
+def test_a_staged_package_is_installed_and_the_requirements_file_is_not(jobs, bucket, tmp_path, monkeypatch):
+    setup = package(tmp_path, "staged_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    import staged_package
+
+    def build(pipeline):
+        answers = pipeline | beam.Create(["one", "two"]) | beam.Map(staged_package.answer)
+        _ = answers | beam.io.WriteToText(f"gs://{BUCKET}/output/staged", shard_name_template="")
+
+    job_id = jobs.submit(build, f"--setup_file={setup}", streaming=False).job_id()
+    jobs.wait_for(job_id, "DONE")
+    written = bucket.blob("output/staged").download_as_text().split("\n")
+    assert sorted(written) == ["", "answer to one", "answer to two"]
+
+
+@pytest.mark.parametrize("missing", ["subscription", "topic"])
+def test_a_streaming_job_on_a_missing_resource_fails_and_names_it(jobs, pubsub, missing):
+    responses, source = pubsub.make("present")
+    if missing == "subscription":
+        source = source.rpartition("/")[0] + "/absent-subscription"
+    else:
+        responses = responses.rpartition("/")[0] + "/absent-topic"
+    job_id = jobs.submit(stream(source, responses, echo())).job_id()
+    jobs.wait_for(job_id, "FAILED")
+    assert f"absent-{missing}" in jobs.messages(job_id, "ERROR")[0]
+
+
+def test_requests_that_make_no_sense_are_refused(cloud, jobs, bucket):
+    def create(**fields):
+        job = dataflow.Job(**fields)
+        request = dataflow.CreateJobRequest(project_id=cloud.project, location=REGION, job=job)
+        return jobs.jobs.create_job(request)
+
+    with pytest.raises(exceptions.InvalidArgument, match="job name"):
+        create(name="Not A Name")
+    with pytest.raises(exceptions.InvalidArgument, match="no staged pipeline"):
+        create(name="no-pipeline")
+    options = struct_pb2.Struct()
+    options.update({"options": {"pipelineUrl": f"gs://{BUCKET}/absent.pb"}})
+    with pytest.raises(exceptions.InvalidArgument, match=r"absent\.pb does not exist"):
+        create(name="absent", environment=dataflow.Environment(sdk_pipeline_options=options))
+    with pytest.raises(exceptions.NotFound, match="2020-01-01"):
+        jobs.get("2020-01-01_00_00_00-1")
+
+
+def test_runtime_parameters_of_a_streaming_job_are_updated(jobs, pubsub):
+    _, source = pubsub.make("prompts")
+    responses, _ = pubsub.make("responses")
+    job_id = jobs.submit(stream(source, responses, echo())).job_id()
+
+    def update(paths, **parameters):
+        job = dataflow.Job(runtime_updatable_params=dataflow.RuntimeUpdatableParams(**parameters))
+        mask = field_mask_pb2.FieldMask(paths=[f"runtime_updatable_params.{path}" for path in paths])
+        return jobs.jobs.update_job(jobs.of(dataflow.UpdateJobRequest, job_id, job=job, update_mask=mask))
+
+    update(["min_num_workers", "max_num_workers"], min_num_workers=2, max_num_workers=4)
+    update(["max_num_workers"], max_num_workers=8)
+    parameters = jobs.get(job_id).runtime_updatable_params
+    assert (parameters.min_num_workers, parameters.max_num_workers) == (2, 8)
+    with pytest.raises(exceptions.InvalidArgument, match="contradict"):
+        update(["max_num_workers"], max_num_workers=1)
+    with pytest.raises(exceptions.InvalidArgument, match="update_mask"):
+        mask = field_mask_pb2.FieldMask(paths=["name"])
+        jobs.jobs.update_job(jobs.of(dataflow.UpdateJobRequest, job_id, update_mask=mask))
+
+
+def test_a_worker_dies_with_the_local_cloud(tmp_path):
+    code = f"""
+import subprocess, sys, time
+service = "from helpers.local_cloud.dataflow_worker.service import Service"
+worker = service + "; import time; Service(1); time.sleep(600)"
+started = subprocess.Popen([sys.executable, "-c", worker], stdin=subprocess.PIPE, start_new_session=True)
+open({str(tmp_path / "pid")!r}, "w").write(f"{{started.pid}}\\n")
+time.sleep(600)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", code])
+    path = tmp_path / "pid"
+    wait_until(lambda: path.exists() and path.read_text().endswith("\n"))
+    pid = int(path.read_text())
+    assert psutil.pid_exists(pid)
+    starter.kill()
+    starter.wait()
+    wait_until(lambda: not psutil.pid_exists(pid), 30)
