@@ -176,10 +176,13 @@ def smallest(memory_bytes: int, *, family: str = "n4", headroom: float = 0.0) ->
         MachineTypeError: an unknown family, a headroom out of range, or no machine of it is large enough.
     """
     _check(headroom)
+    if family in GPU_FAMILIES:
+        raise MachineTypeError(f"{family} is a GPU family: use smallest_gpu().")
     if family not in CPU_FAMILIES:
-        known = ", ".join(CPU_FAMILIES)
-        hint = "; for a GPU family use smallest_gpu()" if family in GPU_FAMILIES else ""
-        raise MachineTypeError(f"Unknown machine family {family!r}: choose one of {known}{hint}.")
+        raise MachineTypeError(
+            f"Unknown machine family {family!r}: choose one of {', '.join(CPU_FAMILIES)}, "
+            f"or of the GPU families {', '.join(GPU_FAMILIES)}."
+        )
 
     fitting = [
         machine

@@ -71,7 +71,7 @@ def parameter_count(config: PretrainedConfig) -> ParameterCount:
             f"transformers cannot build {model_class.__name__} from this config ({error}): check config.json."
         ) from error
     built = sum(parameter.numel() for parameter in model.parameters())
-    head = config.vocab_size * config.d_model if _head_is_separate(config) else 0
+    head = config.vocab_size * config.d_model if head_is_separate(config) else 0
     return ParameterCount(checkpoint=built + head, built=built)
 
 
@@ -178,7 +178,7 @@ def dtype_bytes(dtype: str) -> int:
 _BIASED_ATTENTION = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 
 
-def _head_is_separate(config: PretrainedConfig) -> bool:
+def head_is_separate(config: PretrainedConfig) -> bool:
     if config.model_type in ("t5", "longt5"):
         return not config.scale_decoder_outputs
     return config.model_type in ("mt5", "umt5")
