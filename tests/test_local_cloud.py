@@ -1,5 +1,7 @@
 """The local cloud itself: where requests go, what processes it leaves, its command line."""
 
+import errno
+import io
 import json
 import os
 import pty
@@ -10,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+from email.message import Message
 from pathlib import Path
 
 import psutil
@@ -23,6 +26,7 @@ from hypothesis import strategies as st
 from helpers.local_cloud import LocalCloudError, launch, start
 from helpers.local_cloud.certificates import make_certificate, server_context
 from helpers.local_cloud.environment import no_proxy
+from helpers.local_cloud.http_server import Request, Router
 from helpers.local_cloud.proxy import alpn_protocols, is_google_host
 
 PROXY_VARIABLES = [
@@ -189,6 +193,17 @@ def test_who_asks_the_metadata_server_directly_finds_none(cloud):
     answer = requests.get(f"http://{host}/computeMetadata/v1/", timeout=10)
     assert answer.status_code == 404
     assert "Metadata-Flavor" not in answer.headers
+
+
+def test_a_full_disk_is_an_error_that_clients_do_not_repeat():
+    router = Router()
+
+    @router.route("GET", "/full")
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    answer = router.answer(Request("GET", "/full", Message(), io.BytesIO()))
+    assert (answer.status, b"disk is full" in answer.body) == (507, True)
 
 
 # Other hosts
@@ -495,6 +510,7 @@ WAIT_FOR_INTERRUPT = """if True:
 """
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="macOS cannot wait for a signal with a limit")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_goes_on_to_the_command_which_may_finish(tmp_path, number):
     process = run(tmp_path, sys.executable, "-c", WAIT_FOR_INTERRUPT)
@@ -505,6 +521,7 @@ def test_a_signal_goes_on_to_the_command_which_may_finish(tmp_path, number):
     assert strays(tmp_path) == []
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="macOS cannot wait for a signal with a limit")
 def test_ctrl_c_in_a_terminal_reaches_the_command_once(tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:

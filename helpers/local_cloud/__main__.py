@@ -87,8 +87,11 @@ def _die_with_parent() -> list[str]:
         "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"  # PR_SET_PDEATHSIG, kept over exec
         f"if os.getppid() == {os.getpid()}: os.execvp(sys.argv[1], sys.argv[1:])"
     )
-    return [sys.executable, "-c", program]
+    return [sys.executable, "-I", "-S", "-c", program]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while it was starting; what had started is stopped
+        sys.exit(128 + signal.SIGINT)

@@ -4,6 +4,8 @@ It owns no listening socket. The proxy hands it connections that are already acc
 decrypted), each in a thread of its own.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import re
@@ -216,6 +218,8 @@ class Router:
         except IncompleteBodyError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return error_response(507, f"The local cloud's disk is full: {error}", "insufficientStorage")
             log.exception("%s %s failed", request.method, request.path)
             return error_response(500, f"The local cloud failed: {error!r}", "internalError")
         if answer is None:
@@ -238,16 +242,12 @@ class _Connection(BaseHTTPRequestHandler):
         request = Request(self.command, self.path, self.headers, self.rfile)
         try:
             response = self.server.answer(request)
-            for _ in request.chunks():  # what a handler left unread stands before the next request
-                pass
+            with response.file or contextlib.nullcontext():
+                for _ in request.chunks():  # what a handler left unread stands before the next request
+                    pass
+                self._send(response)
         except IncompleteBodyError:
             self.close_connection = True
-            return
-        try:
-            self._send(response)
-        finally:
-            if response.file:
-                response.file.close()
 
     def _send(self, response: Response) -> None:
         self.send_response(response.status, reason_phrase(response.status))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpc
 
-from . import certificates, environment
+from . import certificates, environment, pubsub
 from .accounts import Accounts
 from .cloud_storage import CloudStorage
 from .http_server import Router
@@ -19,8 +19,6 @@ from .scratch import Scratch
 log = logging.getLogger(__name__)
 
 DEFAULT_PROJECT = "local-project"
-# Each StreamingPull keeps a thread of the gRPC server for as long as it is open.
-GRPC_THREADS = 128
 GRPC_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
 
 
@@ -51,7 +49,7 @@ class LocalCloud:
         scratch = Scratch(self.folder / "run")
         self._on_stop.callback(scratch.remove)
         certificate = certificates.make_certificate()
-        grpc_server = grpc.server(futures.ThreadPoolExecutor(GRPC_THREADS), options=GRPC_OPTIONS)
+        grpc_server = grpc.server(futures.ThreadPoolExecutor(pubsub.SERVER_THREADS), options=GRPC_OPTIONS)
         self._on_stop.callback(lambda: grpc_server.stop(grace=0.5).wait(5))
         identity = grpc.ssl_server_credentials([(certificate.key, certificate.certificate)])
         router = Router()

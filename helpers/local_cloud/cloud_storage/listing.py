@@ -42,10 +42,9 @@ class Listing:
         glob, delimiter = query.get("matchGlob"), query.get("delimiter", "")
         if glob and delimiter not in ("", "/"):
             raise HttpError(400, "With matchGlob, the delimiter must be '/' or absent.", "invalidParameter")
-        if query.get("includeTrailingDelimiter") == "true":
-            raise HttpError(
-                501, "includeTrailingDelimiter is not imitated by the local cloud.", "notImplemented"
-            )
+        for name in ("includeTrailingDelimiter", "softDeleted"):
+            if query.get(name) == "true":
+                raise HttpError(501, f"{name} is not imitated by the local cloud.", "notImplemented")
         return cls(
             prefix=query.get("prefix", ""),
             delimiter=delimiter,
