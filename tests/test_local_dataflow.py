@@ -339,13 +339,15 @@ def test_a_windowed_sum_of_a_topic_is_complete_when_the_job_is_drained(jobs, pub
             | "Sums" >> beam.io.WriteToPubSub(sums)
         )
 
-    job_id = jobs.submit(build).job_id()
+    job_id = jobs.submit(build, name="windowed").job_id()
     jobs.wait_for(job_id, "RUNNING")
     assert any("no user metrics" in text for text in jobs.messages(job_id, "WARNING"))
     (own,) = pubsub.subscriptions() - before
     texts = [f"a{i}" for i in range(150)] + [f"b{i}" for i in range(50)]
     pubsub.publish(prompts, texts)
     assert sorted(m.data.decode() for m in pubsub.collect(seen_answers, 200)) == sorted(texts)
+    with pytest.raises(exceptions.FailedPrecondition, match="has state"):
+        jobs.submit(build, "--update", name="windowed")
     early = pubsub.collect_rest(sums_answers)  # nothing, unless an hour has just ended
     jobs.drain(job_id)
     total = {"a": 0, "b": 0}
@@ -354,6 +356,101 @@ def test_a_windowed_sum_of_a_topic_is_complete_when_the_job_is_drained(jobs, pub
         total[text[0]] += int(text[1:])
     assert total == {"a": 150, "b": 50}
     assert own not in pubsub.subscriptions()
+
+
+def test_an_update_puts_new_code_in_the_old_ones_place_and_loses_nothing(jobs, pubsub):
+    prompts, _ = pubsub.make("prompts")
+    responses, answers = pubsub.make("responses")
+    before = pubsub.subscriptions()
+
+    def version(number):
+        def build(pipeline):
+            texts = pipeline | beam.io.ReadFromPubSub(topic=prompts)
+            labelled = texts | beam.Map(lambda text: text + f" from version {number}".encode())
+            _ = labelled | beam.io.WriteToPubSub(responses)
+
+        return build
+
+    old = jobs.submit(version(1), name="updated").job_id()
+    jobs.wait_for(old, "RUNNING")
+    pubsub.publish(prompts, [str(i) for i in range(50)])
+    answered = pubsub.collect(answers, 50)
+    new = jobs.submit(version(2), "--update", name="updated").job_id()
+    pubsub.publish(prompts, [str(i) for i in range(50, 100)])
+    jobs.wait_for(old, "UPDATED")
+    assert jobs.state(new) == "RUNNING"
+    assert jobs.get(old).replaced_by_job_id == new
+    pubsub.publish(prompts, [str(i) for i in range(100, 150)])
+    answered += pubsub.collect(answers, 100)
+    texts = {m.data.decode().split(" from version ")[0]: m.data[-1:] for m in answered}
+    assert texts.keys() == {str(i) for i in range(150)}
+    assert {texts[str(i)] for i in range(50)} == {b"1"}
+    assert {texts[str(i)] for i in range(100, 150)} == {b"2"}
+    jobs.drain(new)
+    assert pubsub.subscriptions() == before
+
+
+@pytest.mark.slow
+def test_a_job_whose_workers_all_break_down_fails_and_leaves_no_subscription(jobs, pubsub):
+    prompts, _ = pubsub.make("prompts")
+    before = pubsub.subscriptions()
+
+    def build(pipeline):
+        def break_down(_):
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        _ = pipeline | beam.io.ReadFromPubSub(topic=prompts) | beam.Map(break_down)
+
+    job_id = jobs.submit(build).job_id()
+    jobs.wait_for(job_id, "RUNNING")
+    pubsub.publish(prompts, ["deadly"])
+    jobs.wait_for(job_id, "FAILED", seconds=150)
+    assert "on signal SIGKILL" in jobs.messages(job_id, "ERROR")[-1]
+    assert pubsub.subscriptions() == before
+
+
+@pytest.mark.slow
+def test_ten_thousand_messages_go_through_and_memory_stays_flat(cloud, jobs, pubsub, capsys):
+    prompts, source = pubsub.make("prompts")
+    responses, answers = pubsub.make("responses")
+    dead_letters, failures = pubsub.make("dead-letters")
+
+    def build(pipeline):
+        class Answer(beam.DoFn):
+            def process(self, text):
+                if text.startswith(b"bad"):
+                    yield beam.pvalue.TaggedOutput("bad", text + b": it is bad")
+                else:
+                    yield b"answer to " + text
+
+        texts = pipeline | beam.io.ReadFromPubSub(subscription=source)
+        answer = beam.ParDo(Answer()).with_output_types(bytes)
+        outputs = texts | answer.with_outputs("bad", main="good")
+        _ = outputs.good | "Answers" >> beam.io.WriteToPubSub(responses)
+        _ = outputs.bad | "Dead letters" >> beam.io.WriteToPubSub(dead_letters)
+
+    job_id = jobs.submit(build).job_id()
+    jobs.wait_for(job_id, "RUNNING")
+    (pid,) = worker_pids(cloud)
+    memory, start, answered = [], time.monotonic(), []
+    for part in range(10):
+        numbers = range(part * 1000, (part + 1) * 1000)
+        pubsub.publish(prompts, [f"bad {i}" if i % 20 == 0 else f"good {i}" for i in numbers])
+        answered += pubsub.collect(answers, 950)
+        memory.append(psutil.Process(pid).memory_info().rss / 1e6)
+    rejected = pubsub.collect(failures, 500)
+    seconds = time.monotonic() - start
+    jobs.drain(job_id)
+    with capsys.disabled():
+        print(f"\n10,000 messages in {seconds:.0f} s; worker memory in MB: {[round(m) for m in memory]}")
+    assert len(answered) == 9500
+    assert len({m.data for m in answered}) == 9500
+    assert sorted(m.data for m in rejected) == sorted(b"bad %d: it is bad" % i for i in range(0, 10000, 20))
+    assert pubsub.collect_rest(source) == []
+    assert memory[-1] < memory[1] * 1.1
 
 
 def package(folder, name):

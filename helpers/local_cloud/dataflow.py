@@ -1,6 +1,7 @@
 """Dataflow on this machine, for pipelines of Beam's Python SDK.
 
-What it does: jobs are created, read, listed, drained and cancelled, with their messages and user metrics,
+What it does: jobs are created, read, listed, drained, cancelled and updated (runtime parameters, or another
+job in the place of one without state), with their messages and user metrics,
 through Dataflow's own API; Beam's DataflowRunner submits to it unchanged. A job runs for real, in one
 worker process that sees this environment's packages and what was staged, and not this project (see
 sandbox.py): the setup file's package and extra packages are installed, a pickled main session is loaded. A
@@ -101,7 +102,7 @@ class Dataflow:
         with self._lock:
             running = [job for job in self._jobs.values() if job.state not in ENDED]
         for job in running:
-            job.cancel()
+            job.kill()
         for job in running:
             job.wait(seconds=10)
 
@@ -111,24 +112,48 @@ class Dataflow:
         message.project_id = request.project_id or message.project_id
         message.location = request.location or message.location or DEFAULT_LOCATION
         self._check(message)
+        message.replace_job_id = request.replace_job_id or message.replace_job_id
         with self._lock:
-            for job in self._jobs.values():
-                other = job.copy()
-                if (other.name, other.project_id, other.location) == (
-                    message.name,
-                    message.project_id,
-                    message.location,
-                ) and job.state not in ENDED:
-                    if not message.client_request_id:
-                        raise already_exists(f"The job {message.name} is active already: {other.id}.")
-                    return other  # Beam's client sees that the job has another client_request_id
+            replaced = self._replaced(message) if message.replace_job_id else None
+            active = (replaced and replaced.successor) or self._active(message)
+            if active and active is not replaced:
+                if not message.client_request_id:
+                    raise already_exists(f"The job {message.name} is active already: {active.copy().id}.")
+                return active.copy()  # Beam's client sees that this job has another client_request_id
             message.id = time.strftime("%Y-%m-%d_%H_%M_%S-") + str(random.randrange(10**18, 10**19))
             message.create_time.GetCurrentTime()
             message.start_time.GetCurrentTime()
-            job = self._jobs[message.id] = Job(message, self._folder, self._environment)
+            job = self._jobs[message.id] = Job(message, self._folder, self._environment, replaced)
             answer = job.copy()
         job.start()
         return answer
+
+    def _replaced(self, message: Any) -> Job:
+        """The job that a new one is to replace."""
+        job = self._jobs.get(message.replace_job_id)
+        if job is None:
+            raise not_found(f"The job to replace, {message.replace_job_id}, does not exist.")
+        old = job.copy()
+        if old.name != message.name:
+            raise invalid_argument(f"The job {old.id} has the name {old.name}: an update keeps the name.")
+        if old.type_ != _STREAMING or message.type_ != _STREAMING:
+            raise failed_precondition("Only streaming jobs can be updated.")
+        if not job.successor and job.state != State.JOB_STATE_RUNNING:
+            raise failed_precondition(f"Job {old.id} is in state {job.state.name}: only running jobs update.")
+        if job.stateful:
+            raise failed_precondition(
+                f"Job {old.id} has state, which the local cloud cannot carry over: drain it and submit anew."
+            )
+        return job
+
+    def _active(self, message: Any) -> Job | None:
+        """The job that has a new one's name; of two the younger, which is about to replace the other."""
+        wanted = (message.name, message.project_id, message.location)
+        for job in reversed(self._jobs.values()):
+            other = job.copy()
+            if job.state not in ENDED and (other.name, other.project_id, other.location) == wanted:
+                return job
+        return None
 
     def GetJob(self, request: Any, context: grpc.ServicerContext) -> Any:
         return self._job(request).copy()

@@ -18,7 +18,7 @@ from google.cloud.dataflow_v1beta3.types import jobs, messages
 from google.protobuf import json_format
 
 from . import sandbox
-from .dataflow_worker.service import DRAIN, FINISHED, JOB_FAILED
+from .dataflow_worker.service import DRAIN, FINISHED, HAND_OVER, JOB_FAILED
 from .job_metrics import UserMetrics
 from .sandbox import Sandbox
 from .scratch import Scratch
@@ -45,11 +45,12 @@ class Job:
 
     Args:
       message: the Job protobuf, complete but for its state.
+      replaces: the job that this one takes the place of as soon as it runs.
       folder: for the worker's log and, while the job runs, its files.
       environment: of the worker's process.
     """
 
-    def __init__(self, message: Any, folder: Path, environment: dict[str, str]):
+    def __init__(self, message: Any, folder: Path, environment: dict[str, str], replaces: Job | None = None):
         self._message = message
         self._folder = folder
         self._environment = environment
@@ -57,8 +58,15 @@ class Job:
         self._messages: deque[Any] = deque(maxlen=MAX_MESSAGES)
         self._message_count = 0
         self._metrics = UserMetrics()
+        self._replaces = replaces
+        # Names the subscriptions of the topics that are read: a job that replaces another takes them over.
+        self._name = replaces._name if replaces else f"dataflow-{message.id}"
+        self._own_subscriptions: list[str] = []
+        self.stateful = False
+        self.successor: Job | None = None
         self._worker: subprocess.Popen | None = None
         self._restarts = 0
+        self._in_order = True  # whether the last worker ended as it should
         self._set_state(State.JOB_STATE_PENDING)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -97,6 +105,24 @@ class Job:
                 self._set_state(State.JOB_STATE_DRAINING)
                 self._order(DRAIN)
 
+    def hand_over(self, successor: Job) -> None:
+        """Has the job end when it has finished what it took: another one goes on."""
+        with self._lock:
+            if self.state == State.JOB_STATE_RUNNING:
+                self.successor = successor
+                self._message.replaced_by_job_id = successor.copy().id
+                self._say(Importance.JOB_MESSAGE_BASIC, f"Job {self._message.replaced_by_job_id} takes over.")
+                self._order(HAND_OVER)
+
+    def kill(self) -> None:
+        """Ends the job without any ceremony, for the end of the local cloud."""
+        with self._lock:
+            self._own_subscriptions = []
+            if self.state not in ENDED:
+                self._set_state(State.JOB_STATE_CANCELLING)
+            if self._worker:
+                _signal(self._worker, signal.SIGKILL)
+
     def cancel(self) -> None:
         """Has the job end at once."""
         with self._lock:
@@ -127,6 +153,8 @@ class Job:
                 box = sandbox.create(scratch.path / "sandbox", packages=[_WORKER])
                 self._write_settings(scratch.path)
                 state = self._supervise(box, scratch.path, log_path)
+                if state in (State.JOB_STATE_FAILED, State.JOB_STATE_CANCELLED):
+                    self._delete_subscriptions(box)
         except Exception as error:  # such as a full disk: the job must end whatever happens
             self._say(Importance.JOB_MESSAGE_ERROR, f"The job could not be run: {error!r}")
         with self._lock:
@@ -142,7 +170,8 @@ class Job:
         settings = {
             "pipeline_url": url,
             "options": {k: _whole(v) for k, v in options.items() if not isinstance(v, dict)},
-            "name": f"dataflow-{self._message.id}",
+            "name": self._name,
+            "replaces": self._replaces is not None,
         }
         (folder / "settings.json").write_text(json.dumps(settings))
 
@@ -150,12 +179,15 @@ class Job:
         """Runs workers until the job has ended; returns the state it ends in."""
         while True:
             status = self._run_worker(box, folder, log_path)
+            self._in_order = status == FINISHED
             with self._lock:
                 self._worker = None
                 state = self.state
             if state == State.JOB_STATE_CANCELLING:
                 return State.JOB_STATE_CANCELLED
             if status == FINISHED:
+                if self.successor:
+                    return State.JOB_STATE_UPDATED
                 draining = state == State.JOB_STATE_DRAINING
                 return State.JOB_STATE_DRAINED if draining else State.JOB_STATE_DONE
             if status == JOB_FAILED:
@@ -197,6 +229,8 @@ class Job:
             _signal(worker, signal.SIGKILL)
         if state == State.JOB_STATE_DRAINING:
             self._order(DRAIN)
+        if self.successor:
+            self._order(HAND_OVER)
 
         def wait() -> None:
             worker.wait()
@@ -212,11 +246,25 @@ class Job:
         worker.stdin.close()
         return worker.returncode
 
+    def _delete_subscriptions(self, box: Sandbox) -> None:
+        """Deletes what a worker that was killed left; for one that ended in order there is nothing to do."""
+        if self._own_subscriptions and not self._in_order:
+            command = [box.python, "-P", "-m", f"{_WORKER.name}.clean_up", *self._own_subscriptions]
+            with contextlib.suppress(subprocess.SubprocessError):
+                subprocess.run(
+                    command, env=box.environment(self._environment), timeout=30, capture_output=True
+                )
+
     def _take(self, report: dict[str, Any]) -> None:
         with self._lock:
             match report["kind"]:
-                case "running" if self.state == State.JOB_STATE_PENDING:
-                    self._set_state(State.JOB_STATE_RUNNING)
+                case "running":
+                    self.stateful = report["stateful"]
+                    self._own_subscriptions = report["subscriptions"]
+                    if self.state == State.JOB_STATE_PENDING:
+                        self._set_state(State.JOB_STATE_RUNNING)
+                        if self._replaces:
+                            self._replaces.hand_over(self)
                 case "progress":
                     self._restarts = 0
                 case "message":

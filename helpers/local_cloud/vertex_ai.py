@@ -103,7 +103,7 @@ class VertexAI:
         with self._lock:
             running = [j for j in self._jobs.values() if j.message.state not in _ENDED]
         for job in running:
-            self._cancel(job)
+            self._cancel(job, grace_seconds=0)
         for job in running:
             if job.thread:
                 job.thread.join(timeout=10)
@@ -174,12 +174,12 @@ class VertexAI:
             job.message.error.code = _JOB_FAILED
             job.message.error.message = error
 
-    def _cancel(self, job: _Job) -> None:
+    def _cancel(self, job: _Job, grace_seconds: float = 5.0) -> None:
         with self._lock:
             job.cancelled.set()
             process = job.process
         if process:
-            process.stop()
+            process.stop(grace_seconds)
 
     def _run(self, job: _Job) -> None:
         """Takes a job from its creation to its end; runs in a thread of its own."""

@@ -129,7 +129,7 @@ def run(pipeline: Any, options: Any, intake: Intake, service: Service) -> None:
         "The pipeline has state, timers or grouping: it has no user metrics here, because the runner that it "
         "needs stops counting after the first bundles.",
     )
-    service.running()
+    service.running(stateful=True, subscriptions=intake.own_subscriptions)
     try:
         result.wait_until_finish()
     except Exception:

@@ -40,6 +40,11 @@ class Job:
             staged_files.fetch(self._pipeline, staged)
             staged_files.install(staged, service)
         staged_files.load_main_session(staged)
+        if settings["replaces"] and not graph.is_stateless(self._pipeline):
+            raise ValueError(
+                "The pipeline has state, timers or grouping. The local cloud cannot carry state over in an "
+                "update: drain the job and submit the new one."
+            )
         # Dataflow would find out with the first element; here a package that was not staged shows at once.
         beam.Pipeline.from_runner_api(self._pipeline, FnApiRunner(), self._options)
         self._intake = self._take_in(settings["name"]) if self._streaming else None
@@ -56,7 +61,8 @@ class Job:
         except BaseException as error:
             self._service.error(error, "The pipeline failed.")
             return BROKEN
-        self._intake.close()
+        if not self._service.handing_over:
+            self._intake.close()
         return FINISHED
 
     def _run_batch(self) -> int:

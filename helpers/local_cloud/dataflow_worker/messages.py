@@ -58,7 +58,16 @@ class Intake:
         self._lock = threading.Lock()
         self._leased: dict[str, set[str]] = {}  # from subscription to acknowledgement ids
         self._subscriptions: dict[Source, str] = {}
-        self._own: list[str] = []
+        self.own_subscriptions: list[str] = []
+        self._turns = itertools.cycle(sources)
+        try:
+            self._subscribe(sources, name)
+        except BaseException:
+            self.close()
+            raise
+        threading.Thread(target=self._keep_leases, daemon=True).start()
+
+    def _subscribe(self, sources: list[Source], name: str) -> None:
         for number, source in enumerate(sources):
             if source.subscription:
                 self._client.get_subscription(subscription=source.subscription)
@@ -66,12 +75,10 @@ class Intake:
             else:
                 project = source.topic.split("/")[1]
                 path = self._client.subscription_path(project, f"{name}-{number}")
-                self._own.append(path)
+                self.own_subscriptions.append(path)
                 self._subscriptions[source] = path
                 with contextlib.suppress(exceptions.AlreadyExists):
                     self._client.create_subscription(name=path, topic=source.topic)
-        self._turns = itertools.cycle(sources)
-        threading.Thread(target=self._keep_leases, daemon=True).start()
 
     def pull(self, max_messages: int) -> Batch:
         """The next messages of one of the reads, each having its turn; none if there are none for a while."""
@@ -107,7 +114,7 @@ class Intake:
 
     def close(self) -> None:
         """Deletes the subscriptions that were made for topics."""
-        for subscription in self._own:
+        for subscription in self.own_subscriptions:
             with contextlib.suppress(exceptions.NotFound):
                 self._client.delete_subscription(subscription=subscription, timeout=10)
 

@@ -47,7 +47,7 @@ def run(pipeline: Any, options: Any, intake: Intake, service: Service) -> None:
     graph.use_this_process(pipeline)
     runner = FnApiRunner()
     size, failures = 1, 0
-    service.running()
+    service.running(subscriptions=intake.own_subscriptions)
     while not service.draining.is_set():
         try:
             batch = intake.pull(size)

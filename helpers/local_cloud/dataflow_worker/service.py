@@ -14,6 +14,7 @@ from typing import Any
 
 CHECK_SECONDS = 1.0
 DRAIN = "drain"
+HAND_OVER = "hand-over"  # to the job that replaces this one
 
 # Exit statuses. After any but the first two, such as a signal's, the service starts another worker.
 FINISHED = 0
@@ -27,6 +28,7 @@ class Service:
     def __init__(self, reports: int):
         """Takes the file descriptor of the reports and begins to listen for orders."""
         self.draining = threading.Event()
+        self.handing_over = False
         self._reports = os.fdopen(reports, "w", buffering=1)
         self._lock = threading.Lock()
         self._parent = os.getppid()
@@ -38,9 +40,14 @@ class Service:
         """Has something done when the job is cancelled; the last that was asked for is done first."""
         self._before_exit.insert(0, clean_up)
 
-    def running(self) -> None:
-        """Reports that the worker is set up and takes its input."""
-        self._report(kind="running")
+    def running(self, stateful: bool = False, subscriptions: Iterable[str] = ()) -> None:
+        """Reports that the worker is set up and takes its input.
+
+        Args:
+          stateful: whether the pipeline has state, which a job that replaces this one would not get.
+          subscriptions: those that were made for this job, to be deleted at its end.
+        """
+        self._report(kind="running", stateful=stateful, subscriptions=list(subscriptions))
 
     def progress(self) -> None:
         """Reports that input has been processed for good."""
@@ -72,7 +79,9 @@ class Service:
             received = os.read(0, 1024)
             if not received:
                 break
-            if DRAIN.encode() in received.split():
+            orders = received.decode().split()
+            self.handing_over = self.handing_over or HAND_OVER in orders
+            if DRAIN in orders or HAND_OVER in orders:
                 self.draining.set()
         os.killpg(os.getpgrp(), signal.SIGKILL)  # the local cloud has ended
 
