@@ -61,25 +61,38 @@ def convert(
         OSError: not enough disk (said before starting), or another process is writing the same path.
     """
     path = str(state_dict_path)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}: choose one of these")
-    companion_folder(path)
-    say = print if progress else (lambda _: None)
     source = fingerprint(checkpoint or model_name)
-    if manifest := _in_place(path, model_name, dtype, source):
-        say(f"Nothing to do: {path} is in place and whole. {describe(manifest)}")
+    if manifest := state_dict_in_place(path, model_name, dtype, source, overwrite, progress):
         return manifest
-    if storage.exists(path) and not overwrite:
-        raise FileExistsError(
-            f"{path} exists already, and is not what {model_name} in {dtype} would be now: choose another "
-            "path, or convert with --overwrite (overwrite=True)"
-        )
     if storage.is_cloud(path):
         storage.check_writable(path)
         manifest = _convert_to_cloud(model_name, path, dtype, overwrite, progress, checkpoint, source)
     else:
         manifest = _convert_here(model_name, Path(path), dtype, progress, checkpoint, source)
-    say(f"Wrote {path}. {describe(manifest)}")
+    if progress:
+        print(f"Wrote {path}. {describe(manifest)}")
+    return manifest
+
+
+def state_dict_in_place(
+    path: str, model_name: str, dtype: str, source: str, overwrite: bool = False, progress: bool = True
+) -> Manifest | None:
+    """The manifest of the state dict at `path`, if that is whole and what would be converted; says so.
+
+    Raises:
+        ValueError, FileExistsError, FileNotFoundError, PermissionError: as `convert`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}: choose one of these")
+    companion_folder(path)
+    manifest = _in_place(path, model_name, dtype, source)
+    if manifest and progress:
+        print(f"Nothing to do: {path} is in place and whole. {describe(manifest)}")
+    if not manifest and not overwrite and storage.exists(path):
+        raise FileExistsError(
+            f"{path} exists already, and is not what {model_name} in {dtype} would be now: choose another "
+            "path, or convert with --overwrite (overwrite=True)"
+        )
     return manifest
 
 
@@ -115,7 +128,6 @@ def fingerprint(model_or_folder: str | os.PathLike) -> str:
 
 
 def _in_place(path: str, model_name: str, dtype: str, source: str) -> Manifest | None:
-    """The manifest of the state dict at `path`, if that is whole and what would be converted."""
     try:
         manifest = read_manifest(path)
         as_asked = (manifest.model_name, manifest.dtype, manifest.source) == (model_name, dtype, source)
@@ -154,7 +166,7 @@ def _convert_to_cloud(
     manifest = _in_place(str(local), model_name, dtype, source)
     if not manifest:
         if checkpoint and storage.is_cloud(checkpoint):
-            checkpoint = storage.download_folder(str(checkpoint), work / "checkpoint")
+            checkpoint = storage.download_folder(str(checkpoint), work / f"checkpoint-{source}")
         manifest = _convert_here(model_name, local, dtype, progress, checkpoint, source)
     for name in [*manifest.files, MANIFEST]:
         storage.upload(
@@ -177,11 +189,16 @@ def main(arguments: list[str] | None = None) -> int:
     local = commands.add_parser("local", help="convert on this machine")
     _add_common_flags(local)
     local.add_argument("--checkpoint", help="folder to read the weights from, local or gs://")
+    _add_vertex_flags(commands.add_parser("vertex", help="convert in a Vertex AI custom job"))
     values = vars(parser.parse_args(arguments))
-    values.pop("command")
     try:
-        convert(**values)
-    except (OSError, ValueError) as error:
+        if values.pop("command") == "local":
+            convert(**values)
+        else:
+            from helpers.vertex_conversion import vertex  # Google's client, which `local` does without
+
+            vertex(**values)
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -199,6 +216,22 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace another state dict at the same path"
     )
+
+
+def _add_vertex_flags(parser: argparse.ArgumentParser) -> None:
+    _add_common_flags(parser)
+    parser.add_argument("--job-name", help="shown in the console; default: Load MODEL_NAME")
+    parser.add_argument("--project", required=True, help="the Google Cloud project's id")
+    parser.add_argument("--bucket", required=True, help="a bucket's name, for what the job needs")
+    parser.add_argument("--location", required=True, help="a region, such as us-central1")
+    parser.add_argument("--machine-type", help="default: what helpers.sizing finds sufficient")
+    parser.add_argument("--disk-size-gb", type=int, help="at least 100; default: what helpers.sizing finds")
+    parser.add_argument(
+        "--image", help="a container image with Python 3.11 or newer", default=argparse.SUPPRESS
+    )
+    parser.add_argument("--timeout-minutes", type=int, help="default: 240", default=argparse.SUPPRESS)
+    parser.add_argument("--service-account", help="that the job runs as; default: the project's own")
+    parser.add_argument("--network", help="projects/NUMBER/global/networks/NAME")
 
 
 if __name__ == "__main__":

@@ -149,6 +149,19 @@ def upload(
     return None
 
 
+def delete_folder(path: str) -> None:
+    """Deletes every object under `path/`.
+
+    Raises:
+        FileNotFoundError, PermissionError, StorageError: as `delete`.
+    """
+    folder = path.rstrip("/") + "/"
+    with _explained(folder):
+        bucket, prefix = parse(folder)
+        for blob in _client().list_blobs(bucket, prefix=prefix):
+            blob.delete()
+
+
 def check_writable(path: str | os.PathLike) -> None:
     """Asks whether the bucket of a `gs://` path lets the account in use write, read and delete objects.
 
