@@ -797,15 +797,15 @@ def test_processes_that_share_a_folder_lose_no_write(tmp_path):
     zero.append([b"0"])
     store.put("bucket", "counter", zero, {})
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=count_up, args=(str(tmp_path), 40)) for _ in range(3)]
+    workers = [context.Process(target=count_up, args=(str(tmp_path), 30)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [worker.exitcode for worker in workers] == [0, 0]
     _, file = store.open("bucket", "counter")
     with file:
-        assert file.read() == b"120"
+        assert file.read() == b"60"
     store.stop()
     assert list((tmp_path / ".cloud/partial").iterdir()) == []
 

@@ -499,6 +499,11 @@ def test_a_port_that_is_taken_is_one_clear_error(tmp_path):
     )
 
 
+def test_a_port_that_is_none_is_one_clear_error(tmp_path):
+    with pytest.raises(LocalCloudError, match="Port 99999 cannot be used"):
+        start(tmp_path, port=99999)
+
+
 WAIT_FOR_INTERRUPT = """if True:
     import signal, sys
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])

@@ -54,8 +54,6 @@ def launch(
     log = folder / "local_cloud.log"
     command = [sys.executable, "-m", __package__, "--serve", str(os.getpid())]
     command += ["--dir", str(folder), "--project", project] + ["--offline"] * offline
-    # Wherever this process runs, the child imports the same package.
-    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with log.open("ab") as log_file:
         start_of_log = log_file.tell()
         process = subprocess.Popen(
@@ -64,7 +62,7 @@ def launch(
             stdout=subprocess.PIPE,
             stderr=log_file,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            cwd=Path(__file__).parents[2],  # wherever this process runs, the child imports the same package
         )
     try:
         line = _read_line(process, timeout)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import grpc
 
-from . import certificates, environment, pubsub
+from . import certificates, environment
 from .accounts import Accounts
 from .cloud_storage import CloudStorage
+from .dataflow import Dataflow
 from .http_server import Router
 from .proxy import Proxy, Upstream
+from .pubsub import SERVER_THREADS, PubSub
 from .scratch import Scratch
+from .vertex_ai import VertexAI
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class LocalCloud:
         scratch = Scratch(self.folder / "run")
         self._on_stop.callback(scratch.remove)
         certificate = certificates.make_certificate()
-        grpc_server = grpc.server(futures.ThreadPoolExecutor(pubsub.SERVER_THREADS), options=GRPC_OPTIONS)
+        grpc_server = grpc.server(futures.ThreadPoolExecutor(SERVER_THREADS), options=GRPC_OPTIONS)
         self._on_stop.callback(lambda: grpc_server.stop(grace=0.5).wait(5))
         identity = grpc.ssl_server_credentials([(certificate.key, certificate.certificate)])
         router = Router()
@@ -62,7 +65,7 @@ class LocalCloud:
                 offline=offline,
                 upstream=Upstream.from_environment(),
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise _port_error(port, error) from None
         self._on_stop.callback(proxy.stop)
         ca_file = scratch.path / "ca.pem"
@@ -85,7 +88,12 @@ class LocalCloud:
         accounts = Accounts(self.project)
         accounts.routes(router)
         accounts.register(grpc_server)
-        for service in _services(self.folder, self.storage_root, {**os.environ, **self.environment}):
+        for_processes = {**os.environ, **self.environment}
+        for service in (
+            PubSub(),
+            VertexAI(self.folder / "vertex_ai", self.storage_root, for_processes),
+            Dataflow(self.folder / "dataflow", self.storage_root, for_processes),
+        ):
             service.register(grpc_server)
             self._on_stop.callback(service.stop)
         grpc_server.add_generic_rpc_handlers((_NotImitated(),))
@@ -105,18 +113,6 @@ class LocalCloud:
 
     def __exit__(self, *_) -> None:
         self.stop()
-
-
-def _services(folder: Path, storage_root: Path, process_environment: dict[str, str]):
-    import importlib
-
-    for module, name, arguments in (
-        ("pubsub", "PubSub", ()),
-        ("vertex_ai", "VertexAI", (folder / "vertex_ai", storage_root, process_environment)),
-        ("dataflow", "Dataflow", (folder / "dataflow", storage_root, process_environment)),
-    ):
-        with contextlib.suppress(ImportError):
-            yield getattr(importlib.import_module(f"{__package__}.{module}"), name)(*arguments)
 
 
 class _NotImitated(grpc.GenericRpcHandler):
@@ -146,9 +142,9 @@ def prepare_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _port_error(port: int, error: OSError) -> LocalCloudError:
-    if error.errno == errno.EADDRINUSE:
+def _port_error(port: int, error: Exception) -> LocalCloudError:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         return LocalCloudError(
             f"Port {port} is taken. Name another, or none: the system then chooses a free one."
         )
-    return LocalCloudError(f"Port {port} cannot be used: {error.strerror}. Name another, or none.")
+    return LocalCloudError(f"Port {port} cannot be used: {error}. Name another, or none.")

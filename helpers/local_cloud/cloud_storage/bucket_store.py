@@ -85,12 +85,10 @@ class BucketStore:
 
     def get(self, bucket: str) -> dict:
         """The bucket's resource."""
-        try:
-            status = self.folder(bucket).stat()
-        except FileNotFoundError:
-            raise HttpError(404, f"The specified bucket does not exist: {bucket}.", "notFound") from None
-        created = timestamp(status.st_ctime)
-        return _defaults(bucket, created) | (read_json(self._file(bucket)) or {})
+        folder = self.folder(bucket)
+        if not folder.is_dir():
+            raise HttpError(404, f"The specified bucket does not exist: {bucket}.", "notFound")
+        return read_json(self._file(bucket)) or _defaults(bucket, timestamp(folder.stat().st_ctime))
 
     def create(self, fields: dict) -> dict:
         """Makes a bucket of the resource that a client sent."""
