@@ -6,6 +6,7 @@ decrypted), each in a thread of its own.
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import re
@@ -150,6 +151,12 @@ def _read_exactly(body: BinaryIO, size: int) -> Iterator[bytes]:
         yield chunk
 
 
+@functools.lru_cache(maxsize=1000)
+def warn_once(message: str) -> None:
+    """Logs a warning, which clients that try again and again would otherwise repeat."""
+    log.warning("%s", message)
+
+
 def reason_phrase(status: int) -> str:
     """The words after a status; 499, which Cloud Storage uses, has none in HTTP."""
     try:
@@ -203,7 +210,7 @@ class Router:
             if match := pattern.fullmatch(request.path):
                 return self._call(handler, request, match)
         call = f"{request.method} {request.host}{request.path}"
-        log.warning("not imitated by the local cloud: %s", call)
+        warn_once(f"not imitated by the local cloud: {call}")
         return error_response(501, f"{call} is not imitated by the local cloud.", "notImplemented")
 
     @staticmethod

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment
 
-from .http_server import Router, serve_connection
+from .http_server import Router, serve_connection, warn_once
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def alpn_protocols(client_hello: bytes) -> list[str]:
 class RefusedError(Exception):
     """The proxy answers a request with this status and reason instead of passing it on."""
 
-    def __init__(self, status: str, reason: str):
+    def __init__(self, status: int, reason: str):
         super().__init__(reason)
         self.status = status
         self.reason = reason
@@ -120,7 +120,6 @@ class Proxy:
         self._offline = offline
         self._upstream = upstream
         self._connections: set[socket.socket] = set()
-        self._refused: set[str] = set()
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -189,13 +188,11 @@ class Proxy:
         elif target.startswith("/"):
             # A client that takes this port for the metadata server, as it was told to, or a person with a
             # browser.
-            raise RefusedError(
-                "404 Not Found", f"{method} {target}: this is the local cloud's proxy, not a web server"
-            )
+            raise RefusedError(404, f"{method} {target}: this is the local cloud's proxy, not a web server")
         else:
             host, port = _host_and_port(target, 80)
             if is_google_host(host):
-                raise self._refusal(host, "plain HTTP to Google's hosts is not imitated: use https")
+                raise _refusal(host, "plain HTTP to Google's hosts is not imitated: use https")
             self._forward(connection, head, rest, target, host, port)
 
     def _tunnel_to_this_machine(self, connection: socket.socket) -> None:
@@ -225,22 +222,19 @@ class Proxy:
     def _open(self, scheme: str, host: str, port: int) -> socket.socket:
         """A connection on which a client can speak to a host that is not Google's."""
         if self._offline and not is_this_machine(host):
-            raise self._refusal(host, "the local cloud runs offline")
+            raise _refusal(host, "the local cloud runs offline")
         try:
             proxy = self._upstream.proxy_for(scheme, host, port)
             if not proxy:
                 return socket.create_connection((host, port), timeout=HANDSHAKE_SECONDS)
             return _through(proxy, host, port, tunnel=scheme == "https")
         except OSError as error:
-            raise RefusedError("502 Bad Gateway", f"{host}:{port}: {error}") from None
+            raise RefusedError(502, f"{host}:{port}: {error}") from None
 
-    def _refusal(self, host: str, reason: str) -> RefusedError:
-        with self._lock:
-            first = host not in self._refused and len(self._refused) < 1000
-            self._refused.add(host) if first else None
-        if first:
-            log.warning("refused %s: %s", host, reason)
-        return RefusedError("403 Forbidden", f"refused {host}: {reason}")
+
+def _refusal(host: str, reason: str) -> RefusedError:
+    warn_once(f"refused {host}: {reason}")
+    return RefusedError(403, f"refused {host}: {reason}")
 
 
 def _proxy_url(proxy: str) -> SplitResult:
@@ -281,7 +275,7 @@ def _read_head(connection: socket.socket) -> tuple[bytes, bytes]:
             raise ConnectionError("closed before the end of the headers")
         data += piece
         if len(data) > MAX_HEAD_BYTES:
-            raise RefusedError("431 Request Header Fields Too Large", "the headers are too long")
+            raise RefusedError(431, "the headers are too long")
     head, _, rest = data.partition(b"\r\n\r\n")
     return head + b"\r\n\r\n", rest
 
@@ -289,7 +283,7 @@ def _read_head(connection: socket.socket) -> tuple[bytes, bytes]:
 def _request_line(head: bytes) -> tuple[str, str]:
     parts = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
     if len(parts) != 3:
-        raise RefusedError("400 Bad Request", "not an HTTP request")
+        raise RefusedError(400, "not an HTTP request")
     return parts[0], parts[1]
 
 
@@ -300,7 +294,7 @@ def _host_and_port(url: str, default: int) -> tuple[str, int]:
     except ValueError:
         host, port = None, default
     if not host:
-        raise RefusedError("400 Bad Request", f"no host in {url}")
+        raise RefusedError(400, f"no host in {url}")
     return host, port
 
 
@@ -346,7 +340,7 @@ def _answer(connection: socket.socket, refusal: RefusedError) -> None:
     # Clients show a failed tunnel's status line and nothing else, so the reason stands there too.
     phrase = refusal.reason.encode("ascii", "replace").decode().replace("\r", " ").replace("\n", " ")
     head = (
-        f"HTTP/1.1 {refusal.status.split(' ')[0]} {phrase}\r\n"
+        f"HTTP/1.1 {refusal.status} {phrase}\r\n"
         f"Content-Type: text/plain; charset=UTF-8\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     with contextlib.suppress(OSError):

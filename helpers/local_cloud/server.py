@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 import os
 from concurrent import futures
 from pathlib import Path
@@ -13,13 +12,11 @@ from . import certificates, environment
 from .accounts import Accounts
 from .cloud_storage import CloudStorage
 from .dataflow import Dataflow
-from .http_server import Router
+from .http_server import Router, warn_once
 from .proxy import Proxy, Upstream
 from .pubsub import SERVER_THREADS, PubSub
 from .scratch import Scratch
 from .vertex_ai import VertexAI
-
-log = logging.getLogger(__name__)
 
 DEFAULT_PROJECT = "local-project"
 GRPC_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
@@ -120,7 +117,7 @@ class _NotImitated(grpc.GenericRpcHandler):
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         def refuse(_, context: grpc.ServicerContext):
-            log.warning("not imitated by the local cloud: %s", details.method)
+            warn_once(f"not imitated by the local cloud: {details.method}")
             context.abort(
                 grpc.StatusCode.UNIMPLEMENTED, f"{details.method} is not imitated by the local cloud."
             )
