@@ -5,9 +5,7 @@ through it. For Google's hosts the other end of that tunnel is on this machine: 
 client's TLS hello offers HTTP/2 alone, the HTTPS server otherwise. Nothing sent to them leaves the machine.
 """
 
-import base64
 import contextlib
-import ipaddress
 import logging
 import re
 import socket
@@ -15,11 +13,10 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.parse import urlsplit
 
 from .http_server import Router, serve_connection, warn_once
+from .upstream import Upstream, authorization, is_this_machine, read_head
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +24,6 @@ GOOGLE_DOMAINS = ("googleapis.com", "google.com", "google.internal")
 # Where a machine on Google Cloud asks for its own credentials, under each of its names.
 METADATA_HOSTS = ("metadata", "169.254.169.254", "fd20:ce::254")
 HANDSHAKE_SECONDS = 30
-MAX_HEAD_BYTES = 64 << 10
 PUMP_BYTES = 256 << 10
 
 
@@ -39,14 +35,6 @@ def is_google_host(host: str) -> bool:
         or host.endswith(tuple("." + d for d in GOOGLE_DOMAINS))
         or host in GOOGLE_DOMAINS
     )
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether `host` is a loopback address or localhost."""
-    host = host.lower().strip("[]").rstrip(".")
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def alpn_protocols(client_hello: bytes) -> list[str]:
@@ -81,24 +69,6 @@ class RefusedError(Exception):
         super().__init__(reason)
         self.status = status
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """The proxies that the user's own environment named, before the local cloud took their place."""
-
-    proxies: dict[str, str]
-
-    @classmethod
-    def from_environment(cls) -> "Upstream":
-        """Reads HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case of letters."""
-        return cls(getproxies_environment())
-
-    def proxy_for(self, scheme: str, host: str, port: int) -> str | None:
-        """The address of the proxy that stands between this machine and a host; None when nothing does."""
-        if is_this_machine(host) or proxy_bypass_environment(f"{host}:{port}", self.proxies):
-            return None
-        return self.proxies.get(scheme) or self.proxies.get("all")
 
 
 class Proxy:
@@ -175,9 +145,11 @@ class Proxy:
                 log.exception("a connection failed")
 
     def _dispatch(self, connection: socket.socket) -> None:
-        head, rest = _read_head(connection)
+        head, rest = read_head(connection)
         method, target = _request_line(head)
         if method == "CONNECT":
+            if rest:
+                raise RefusedError(400, "bytes were sent before the tunnel was open")
             host, port = _host_and_port("//" + target, 443)
             if is_google_host(host):
                 self._tunnel_to_this_machine(connection)
@@ -212,7 +184,7 @@ class Proxy:
         headers = b"Connection: close\r\n" + re.sub(rb"(?im)^(?:proxy-)?connection:.*\r\n", b"", headers)
         address = target
         if proxy := self._upstream.proxy_for("http", host, port):
-            headers = _authorization(proxy) + headers
+            headers = authorization(proxy) + headers
         else:
             url = urlsplit(target)
             address = (url.path or "/") + (f"?{url.query}" if url.query else "")
@@ -224,10 +196,7 @@ class Proxy:
         if self._offline and not is_this_machine(host):
             raise _refusal(host, "the local cloud runs offline")
         try:
-            proxy = self._upstream.proxy_for(scheme, host, port)
-            if not proxy:
-                return socket.create_connection((host, port), timeout=HANDSHAKE_SECONDS)
-            return _through(proxy, host, port, tunnel=scheme == "https")
+            return self._upstream.connect(scheme, host, port)
         except OSError as error:
             raise RefusedError(502, f"{host}:{port}: {error}") from None
 
@@ -235,49 +204,6 @@ class Proxy:
 def _refusal(host: str, reason: str) -> RefusedError:
     warn_once(f"refused {host}: {reason}")
     return RefusedError(403, f"refused {host}: {reason}")
-
-
-def _proxy_url(proxy: str) -> SplitResult:
-    return urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-
-
-def _authorization(proxy: str) -> bytes:
-    url = _proxy_url(proxy)
-    if not url.username:
-        return b""
-    user = f"{unquote(url.username)}:{unquote(url.password or '')}"
-    return b"Proxy-Authorization: Basic " + base64.b64encode(user.encode()) + b"\r\n"
-
-
-def _through(proxy: str, host: str, port: int, tunnel: bool) -> socket.socket:
-    """A connection to the user's own proxy, with a tunnel through it to `host` when asked for."""
-    url = _proxy_url(proxy)
-    if url.scheme != "http" or not url.hostname:
-        raise OSError(f"the proxy in your environment must be an http:// address, not {url.scheme}://")
-    remote = socket.create_connection((url.hostname, url.port or 80), timeout=HANDSHAKE_SECONDS)
-    if tunnel:
-        name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        head = f"CONNECT {name} HTTP/1.1\r\nHost: {name}\r\n".encode()
-        remote.sendall(head + _authorization(proxy) + b"\r\n")
-        answer = _read_head(remote)[0].split(b"\r\n", 1)[0].decode("latin-1")
-        if answer.split(" ")[1:2] != ["200"]:
-            remote.close()
-            raise OSError(f"the proxy {url.hostname} answered: {answer}")
-    return remote
-
-
-def _read_head(connection: socket.socket) -> tuple[bytes, bytes]:
-    """The request line and headers, with their empty line, and what arrived after them."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        piece = connection.recv(4096)
-        if not piece:
-            raise ConnectionError("closed before the end of the headers")
-        data += piece
-        if len(data) > MAX_HEAD_BYTES:
-            raise RefusedError(431, "the headers are too long")
-    head, _, rest = data.partition(b"\r\n\r\n")
-    return head + b"\r\n\r\n", rest
 
 
 def _request_line(head: bytes) -> tuple[str, str]:

@@ -13,9 +13,10 @@ from .accounts import Accounts
 from .cloud_storage import CloudStorage
 from .dataflow import Dataflow
 from .http_server import Router, warn_once
-from .proxy import Proxy, Upstream
+from .proxy import Proxy
 from .pubsub import SERVER_THREADS, PubSub
 from .scratch import Scratch
+from .upstream import Upstream
 from .vertex_ai import VertexAI
 
 DEFAULT_PROJECT = "local-project"
