@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,32 @@ class Response:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What one batch was.
+
+    Attributes:
+        size: prompts.
+        prompt_tokens: without padding.
+        padding_tokens: that the prompts were padded with, to the longest.
+        response_tokens: generated and used.
+        seconds: that it took.
+    """
+
+    size: int
+    prompt_tokens: int
+    padding_tokens: int
+    response_tokens: int
+    seconds: float
+
+    @classmethod
+    def of(cls, prompts: Sequence[list[int]], responses: Sequence[Response], seconds: float) -> Batch:
+        """Sums up a batch of encoded prompts and their responses."""
+        tokens = sum(map(len, prompts))
+        padding = len(prompts) * max(map(len, prompts)) - tokens
+        return cls(len(prompts), tokens, padding, sum(r.response_tokens for r in responses), seconds)
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why a prompt has no response."""
 
@@ -93,6 +120,18 @@ class LanguageModel:
         # need the memory of both.
         self._turn = threading.Lock()
         self.end_token_ids = _as_set(model.generation_config.eos_token_id)
+
+    def take_over(self, other: LanguageModel) -> None:
+        """Answers with another model's weights from the next batch on.
+
+        Raises:
+            ValueError: the other model is of another architecture.
+        """
+        if _shapes(self.model) != _shapes(other.model) or type(self.model) is not type(other.model):
+            raise ValueError("the new state dict is of another architecture")
+        with self._turn:
+            self.model, self.tokenizer = other.model, other.tokenizer
+            self.end_token_ids = other.end_token_ids
 
     def encode(self, prompt: str, generation: Generation | None = None) -> list[int]:
         """A prompt's token ids, with the chat template around it where the model has one.
@@ -197,6 +236,7 @@ class LanguageModel:
         *,
         max_batch_size: int = 32,
         max_batch_tokens: int = 32_768,
+        on_batch: Callable[[Batch], object] = lambda batch: None,
     ) -> list[Response | Failure]:
         """Answers prompts of any length; one that cannot be answered does no harm to the others.
 
@@ -208,6 +248,7 @@ class LanguageModel:
             generation: how to generate.
             max_batch_size: prompts in a batch.
             max_batch_tokens: tokens in a batch: prompts padded to the longest, and their longest responses.
+            on_batch: told of each batch that was answered.
 
         Returns:
             A response, or the reason why there is none, for each prompt in order.
@@ -225,25 +266,35 @@ class LanguageModel:
         room = max_batch_tokens, generation.max_response_tokens
         for batch in batches_by_length({i: len(ids) for i, ids in encoded.items()}, max_batch_size, *room):
             with self._turn:
-                for index, result in self._isolate(batch, encoded, generation):
+                for index, result in self._isolate(batch, encoded, generation, on_batch):
                     results[index] = result
         return results
 
     def _isolate(
-        self, batch: list[int], encoded: dict[int, list[int]], generation: Generation
+        self,
+        batch: list[int],
+        encoded: dict[int, list[int]],
+        generation: Generation,
+        on_batch: Callable[[Batch], object],
     ) -> Iterator[tuple[int, Response | Failure]]:
+        prompts = [encoded[index] for index in batch]
+        started = time.monotonic()
         try:
-            yield from zip(batch, self.generate([encoded[i] for i in batch], generation), strict=True)
-            return
+            responses = self.generate(prompts, generation)
         except Exception as error:  # whatever it is, it must not cost the other prompts their answers
-            if len(batch) == 1:
-                log.warning("A prompt failed: %s", _describe(error))
-                yield batch[0], Failure(_describe(error))
-                return
-            log.warning("A batch of %d prompts failed and is halved: %s", len(batch), _describe(error))
+            reason = _describe(error)
+        else:
+            on_batch(Batch.of(prompts, responses, time.monotonic() - started))
+            yield from zip(batch, responses, strict=True)
+            return
+        if len(batch) == 1:
+            log.warning("A prompt failed: %s", reason)
+            yield batch[0], Failure(reason)
+            return
+        log.warning("A batch of %d prompts failed and is halved: %s", len(batch), reason)
         middle = len(batch) // 2
-        yield from self._isolate(batch[:middle], encoded, generation)
-        yield from self._isolate(batch[middle:], encoded, generation)
+        yield from self._isolate(batch[:middle], encoded, generation, on_batch)
+        yield from self._isolate(batch[middle:], encoded, generation, on_batch)
 
 
 def batches_by_length(
@@ -272,6 +323,10 @@ def batches_by_length(
         batch.append(index)
     if batch:
         yield batch
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _as_set(ids: int | list[int] | None) -> set[int]:

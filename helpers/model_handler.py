@@ -7,31 +7,18 @@ whose output layer has been overwritten.
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
-from helpers.language_model import Failure, Generation, LanguageModel, Response
-from helpers.local_state_dict import fetch
-from helpers.model_loading import LoadError, choose_device, choose_dtype, load_model
-
-log = logging.getLogger(__name__)
+from helpers.language_model import Batch, Failure, Generation, LanguageModel, Response
+from helpers.served_model import ModelSource, count_loads, forget, serve
 
 NAMESPACE = "LanguageModel"
-
-# What this process has loaded. Beam itself holds a model by a weak reference: on some runners it is loaded
-# again for every bundle, and on Dataflow after a while without messages.
-_loaded: dict[tuple, LanguageModel] = {}
-_loading = threading.Lock()
-
-# Loads that the pipeline's metrics do not count yet: Beam drops what is counted while a DoFn is set up.
-_loads: list[tuple] = []
 
 
 class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
@@ -57,6 +44,8 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         top_p: with a temperature, sample from the most probable tokens of this total probability.
         seed: makes sampling repeatable.
         torch_threads: the threads of this process; None leaves torch's own choice, one for each core.
+        reload_seconds: how often to look for a new state dict, of the same model, at the same path. The old
+            one answers until the new one is ready. None never looks.
         cache_dir: where state dicts are copied to on a worker.
 
     Raises:
@@ -80,14 +69,16 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         top_p: float = 1.0,
         seed: int | None = None,
         torch_threads: int | None = None,
+        reload_seconds: float | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("max_batch_size", max_batch_size), ("max_batch_tokens", max_batch_tokens)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be 1 or more.")
-        self._state_dict_path = str(state_dict_path)
-        self._model_name = model_name
+        self._source = ModelSource(str(state_dict_path), model_name, device, dtype, cache_dir)
+        self._replaced: ModelSource | None = None
+        self._reload_seconds = reload_seconds
         self._generation = Generation(
             max_response_tokens=max_response_tokens,
             max_prompt_tokens=max_prompt_tokens,
@@ -96,11 +87,9 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
             top_p=top_p,
             seed=seed,
         )
-        self._device, self._dtype = device, dtype
         self._max_batch_size, self._max_batch_tokens = max_batch_size, max_batch_tokens
         self._max_batch_seconds = max_batch_seconds
         self._torch_threads = torch_threads
-        self._cache_dir = cache_dir
 
     def load_model(self) -> LanguageModel:
         """The model, loaded once in this process however often Beam asks for it.
@@ -109,30 +98,13 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
             FileNotFoundError, PermissionError: the state dict cannot be read.
             LoadError: it is damaged or another model's, or the device asked for is not there.
         """
-        key = (self._state_dict_path, self._model_name, self._device, self._dtype, self._cache_dir)
-        with _loading:
-            if key not in _loaded:
-                _loaded[key] = self._load()
-                _loads.append(key)
-            return _loaded[key]
-
-    def _load(self) -> LanguageModel:
         if self._torch_threads:
             torch.set_num_threads(self._torch_threads)
-        device = choose_device(self._device)
-        dtype, reason = choose_dtype(device, self._dtype)
-        log.info("Computing on %s in %s: %s", device, str(dtype).removeprefix("torch."), reason)
-        state_dict = fetch(self._state_dict_path, dtype, self._cache_dir)
-        made_from = state_dict.manifest.model_name
-        if self._model_name and self._model_name != made_from:
-            raise LoadError(
-                f"{self._state_dict_path} was made from {made_from!r}, not from {self._model_name!r}: give "
-                "that name, or the path of the other model's state dict."
-            )
-        started = time.monotonic()
-        model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
-        log.info("Loaded %s in %.2f s", made_from, time.monotonic() - started)
-        return LanguageModel(model, tokenizer, made_from)
+        language_model = serve(self._source, self._reload_seconds)
+        if self._replaced:
+            forget(self._replaced)
+            self._replaced = None
+        return language_model
 
     def run_inference(
         self, batch: Sequence[str], model: LanguageModel, inference_args: dict[str, Any] | None = None
@@ -144,22 +116,25 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         """
         if inference_args:
             raise ValueError("LanguageModelHandler takes no inference_args: give its arguments instead.")
-        started = time.monotonic()
         answers = model.ask(
             batch,
             self._generation,
             max_batch_size=self._max_batch_size,
             max_batch_tokens=self._max_batch_tokens,
+            on_batch=_count_batch,
         )
-        _count(answers, time.monotonic() - started)
+        Metrics.counter(NAMESPACE, "models_loaded").inc(count_loads())
+        failures = sum(isinstance(answer, Failure) for answer in answers)
+        Metrics.counter(NAMESPACE, "failed_prompts").inc(failures)
         for prompt, answer in zip(batch, answers, strict=True):
             inference = answer.text if isinstance(answer, Response) else answer
-            yield PredictionResult(prompt, inference, model_id=self._state_dict_path)
+            yield PredictionResult(prompt, inference, model_id=self._source.state_dict_path)
 
     def update_model_path(self, model_path: str | None = None) -> None:
-        """Takes up another state dict, of the same model, from the next ``load_model`` on."""
-        if model_path:
-            self._state_dict_path = str(model_path)
+        """Serves another state dict from the next ``load_model`` on, as Beam's model updates ask for."""
+        if model_path and model_path != self._source.state_dict_path:
+            self._replaced = self._source
+            self._source = replace(self._source, state_dict_path=str(model_path))
 
     def batch_elements_kwargs(self) -> dict[str, Any]:
         """How Beam forms batches: as large as may be, since the model sorts and splits them by length.
@@ -181,12 +156,8 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         return NAMESPACE
 
 
-def _count(answers: Sequence[Response | Failure], seconds: float) -> None:
-    with _loading:
-        Metrics.counter(NAMESPACE, "models_loaded").inc(len(_loads))
-        _loads.clear()
-    responses = [answer for answer in answers if isinstance(answer, Response)]
-    Metrics.counter(NAMESPACE, "prompt_tokens").inc(sum(r.prompt_tokens for r in responses))
-    Metrics.counter(NAMESPACE, "response_tokens").inc(sum(r.response_tokens for r in responses))
-    Metrics.counter(NAMESPACE, "failed_prompts").inc(len(answers) - len(responses))
-    Metrics.distribution(NAMESPACE, "batch_milliseconds").update(round(seconds * 1000))
+def _count_batch(batch: Batch) -> None:
+    for name in ("prompt_tokens", "padding_tokens", "response_tokens"):
+        Metrics.counter(NAMESPACE, name).inc(getattr(batch, name))
+    Metrics.distribution(NAMESPACE, "batch_size").update(batch.size)
+    Metrics.distribution(NAMESPACE, "batch_milliseconds").update(round(batch.seconds * 1000))

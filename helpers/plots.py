@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
 
     from helpers.measure_memory import Measurement
@@ -88,3 +90,40 @@ def predicted_and_measured(measurements: Sequence[Measurement]) -> Axes:
         "measured": [m.measured / GB for m in measurements],
     }
     return grouped_bars(labels, groups, xlabel="peak memory of the process (GB = 10⁹ bytes)")
+
+
+def rounding(weights: torch.Tensor) -> None:
+    """What rounding to float16 and bfloat16 does to numbers of any size, above the sizes of real weights.
+
+    Args:
+        weights: some of a model's weights, in any shape.
+    """
+    import matplotlib.pyplot as plt
+    import torch
+
+    _, (above, below) = plt.subplots(
+        2, 1, figsize=(8, 4.4), sharex=True, height_ratios=(2, 1), layout="constrained"
+    )
+    edges = torch.logspace(-9, 6, 151, dtype=torch.float64)
+    for name, color, style in (("float16", "black", "-"), ("bfloat16", "#4f81b0", "--")):
+        errors = [_largest_error(low, high, name) for low, high in pairwise(edges)]
+        above.loglog(edges[:-1], errors, style, color=color, label=name)
+    above.annotate("float16 overflows", (65504, 3e-2), xytext=(-3, 0), textcoords="offset points", ha="right")
+    above.axvline(65504, color="#888888", linewidth=0.8)
+    above.set_ylabel("relative error,\nat most")
+    above.legend(frameon=False, loc="lower left")
+    sizes = weights.flatten().abs().double()
+    below.hist(sizes[sizes > 0], bins=edges, color=SHADES[2][0], edgecolor=EDGE, linewidth=0.3)
+    below.set_yticks([])
+    below.set(xlabel="size of a weight (absolute value)", ylabel="weights of\nthis model")
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _largest_error(low: torch.Tensor, high: torch.Tensor, dtype: str) -> float:
+    """The largest relative error of rounding numbers between two; 1 where they become zero or infinite."""
+    import torch
+
+    exact = torch.linspace(float(low), float(high), 200, dtype=torch.float64)
+    rounded = exact.to(getattr(torch, dtype)).double()
+    return float(((rounded - exact).abs() / exact).clamp(max=1).max())

@@ -1,5 +1,7 @@
 """The handler in Beam: loaded once, pickled small, and one bad prompt harms nobody."""
 
+import shutil
+
 import apache_beam as beam
 import pytest
 import torch
@@ -8,9 +10,10 @@ from apache_beam.ml.inference.base import RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_stream import TestStream
 from apache_beam.testing.util import assert_that, equal_to
+from conftest import wait_until
 from tiny_models import save_checkpoint
 
-from helpers import model_handler
+from helpers import served_model
 from helpers.language_model import Failure
 from helpers.load_state_dict import convert
 from helpers.local_state_dict import fetch
@@ -32,8 +35,8 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_loaded():
-    model_handler._loaded.clear()
-    model_handler._loads.clear()
+    served_model._served.clear()
+    served_model.count_loads()
 
 
 def loaded(result) -> int:
@@ -145,6 +148,61 @@ def test_a_damaged_state_dict_is_refused(damage, llama, tmp_path):
 def test_a_state_dict_that_is_not_there_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="load_state_dict"):
         LanguageModelHandler(str(tmp_path / "absent.pt")).load_model()
+
+
+def answer(handler, prompts) -> list:
+    return [result.inference for result in handler.run_inference(prompts, handler.load_model())]
+
+
+def changed_checkpoint(folder, target, kind="llama") -> str:
+    """The checkpoint with other weights, under the same name as a model."""
+    model = save_checkpoint(kind, target)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+    model.save_pretrained(target)
+    return str(target)
+
+
+def test_a_new_state_dict_is_taken_up_while_serving(llama, tmp_path):
+    checkpoint, path = tmp_path / "checkpoint", tmp_path / "model.pt"
+    save_checkpoint("llama", checkpoint)
+    convert(str(checkpoint), path, "float32", progress=False)
+    options = {"max_response_tokens": 8, "dtype": "float32", "cache_dir": str(tmp_path / "cache")}
+    handler = LanguageModelHandler(str(path), reload_seconds=0.05, **options)
+    prompts = ["Hi", "a longer prompt"]
+    old = answer(handler, prompts)
+    changed_checkpoint(checkpoint, checkpoint)
+    convert(str(checkpoint), path, "float32", overwrite=True, progress=False)
+    new = answer(LanguageModelHandler(str(path), **options | {"cache_dir": str(tmp_path / "other")}), prompts)
+    assert new != old
+    wait_until(lambda: answer(handler, prompts) == new, "the new state dict was not taken up")
+
+
+def test_the_old_state_dict_serves_on_when_the_new_one_is_of_another_kind_or_gone(llama, tmp_path, caplog):
+    checkpoint, path = tmp_path / "checkpoint", tmp_path / "model.pt"
+    save_checkpoint("llama", checkpoint)
+    convert(str(checkpoint), path, "float32", progress=False)
+    handler = LanguageModelHandler(str(path), max_response_tokens=4, reload_seconds=0.05, dtype="float32")
+    old = answer(handler, ["Hi"])
+    shutil.rmtree(checkpoint)
+    save_checkpoint("t5_tied", checkpoint)
+    convert(str(checkpoint), path, "float32", overwrite=True, progress=False)
+    wait_until(lambda: "another architecture" in caplog.text, "the watch did not look")
+    path.unlink()
+    shutil.rmtree(path.with_suffix(""))
+    wait_until(lambda: "does not exist" in caplog.text, "the watch did not look again")
+    assert answer(handler, ["Hi"]) == old
+
+
+def test_beams_own_model_update_changes_the_path_and_frees_the_old_model(llama, tmp_path):
+    checkpoint = changed_checkpoint(llama[0], tmp_path / "checkpoint")
+    convert(checkpoint, tmp_path / "new.pt", progress=False)
+    handler = LanguageModelHandler(llama[1], max_response_tokens=4)
+    first = handler.load_model()
+    handler.update_model_path(str(tmp_path / "new.pt"))
+    assert handler.load_model() is not first
+    assert len(served_model._served) == 1
 
 
 @pytest.mark.parametrize(
