@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS_BETWEEN_SAMPLES = 0.03
+# Reading smaps_rollup walks all of a process's page tables, and holds it up meanwhile: at most this share of
+# the time goes into it.
+SAMPLING_SHARE = 0.1
+SHORTEST_SECONDS = 0.02
 
 
 class MeasureError(RuntimeError):
@@ -45,6 +48,7 @@ class Peak:
     """The most that a process held, each of the figures at its own highest.
 
     Attributes:
+        resident: as the kernel keeps it, where it does (``VmHWM``): no moment is missed.
         source: ``smaps_rollup``, or ``rss`` where nothing but ``resident`` is known.
     """
 
@@ -109,7 +113,7 @@ def run_and_measure(module: str, arguments: Sequence[str], timeout: float = 600)
         )
         what = " ".join([module, *arguments[:1]])
         try:
-            samples = _samples_until_done(child, time.monotonic() + timeout)
+            samples, resident = _samples_until_done(child, time.monotonic() + timeout)
         except TimeoutError:
             raise MeasureError(
                 f"{what} took longer than {timeout:.0f} s: measure a smaller model, or raise the timeout."
@@ -124,22 +128,32 @@ def run_and_measure(module: str, arguments: Sequence[str], timeout: float = 600)
             raise MeasureError(f"{what} was killed, most likely for want of memory: measure a smaller model.")
         if child.returncode or not samples:
             raise MeasureError(f"{what} failed:\n{errors.read().strip()[-1500:]}")
-        return _peak(samples), output.read()
+        return _peak(samples, resident), output.read()
 
 
-def _samples_until_done(child: subprocess.Popen, deadline: float) -> list[Memory]:
-    samples = []
+def _samples_until_done(child: subprocess.Popen, deadline: float) -> tuple[list[Memory], int]:
+    samples, highest = [], 0
     while child.poll() is None:
-        if time.monotonic() > deadline:
+        started = time.monotonic()
+        if started > deadline:
             raise TimeoutError
         with contextlib.suppress(ProcessLookupError):  # it has just ended: poll() will say so
             samples.append(memory_of(child.pid))
-        time.sleep(SECONDS_BETWEEN_SAMPLES)
-    return samples
+            highest = max(highest, samples[-1].resident, _high_water_mark(child.pid))
+        time.sleep(max(SHORTEST_SECONDS, (time.monotonic() - started) / SAMPLING_SHARE))
+    return samples, highest
 
 
-def _peak(samples: Sequence[Memory]) -> Peak:
-    resident = max(memory.resident for memory in samples)
+def _high_water_mark(pid: int) -> int:
+    """The largest resident set that a process has had so far; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _peak(samples: Sequence[Memory], resident: int) -> Peak:
     if samples[0].anonymous is None:
         return Peak(resident, None, None, None, "rss")
     return Peak(
