@@ -1,19 +1,18 @@
-"""Checkpoint folders of every kind that can be converted: small ones, and random weights of real shapes."""
+"""Small checkpoint folders of every kind that can be converted."""
 
 import json
 from pathlib import Path
 
+import gguf
+import numpy as np
 import tiny_models
 import torch
-from safetensors.torch import save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 
@@ -61,37 +60,68 @@ def save_mixtral(folder: Path) -> PreTrainedModel:
     return _save(MixtralForCausalLM(config), folder, {})
 
 
+def write_gguf(path: Path) -> None:
+    """A tiny Llama with quantized weights, as llama.cpp stores it."""
+    sizes = {
+        "vocabulary": tiny_models.VOCABULARY + 1,
+        "hidden": 64,
+        "intermediate": 128,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+    }
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(sizes["layers"])
+    writer.add_context_length(256)
+    writer.add_embedding_length(sizes["hidden"])
+    writer.add_feed_forward_length(sizes["intermediate"])
+    writer.add_head_count(sizes["heads"])
+    writer.add_head_count_kv(sizes["kv_heads"])
+    writer.add_rope_dimension_count(sizes["hidden"] // sizes["heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(sizes["vocabulary"])
+    vocabulary = tiny_models.byte_tokenizer(chat=True).get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.get), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in tiny_models.SPECIAL else 1 for token in tokens])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(3)
+    writer.add_eos_token_id(4)
+    writer.add_pad_token_id(0)
+    hidden, kv = sizes["hidden"], sizes["hidden"] // sizes["heads"] * sizes["kv_heads"]
+    shapes = {"token_embd": (sizes["vocabulary"], hidden), "output_norm": (hidden,)}
+    for layer in range(sizes["layers"]):
+        shapes |= {
+            f"blk.{layer}.{name}": shape
+            for name, shape in {
+                "attn_norm": (hidden,),
+                "ffn_norm": (hidden,),
+                "attn_q": (hidden, hidden),
+                "attn_k": (kv, hidden),
+                "attn_v": (kv, hidden),
+                "attn_output": (hidden, hidden),
+                "ffn_gate": (sizes["intermediate"], hidden),
+                "ffn_up": (sizes["intermediate"], hidden),
+                "ffn_down": (hidden, sizes["intermediate"]),
+            }.items()
+        }
+    random_numbers = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = random_numbers.standard_normal(shape, dtype=np.float32) * 0.1
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values)
+        else:
+            quantized = gguf.quantize(values, gguf.GGMLQuantizationType.Q4_1)
+            writer.add_tensor(f"{name}.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _save(model: PreTrainedModel, folder: Path, save_options: dict, chat: bool = False) -> PreTrainedModel:
     model.save_pretrained(folder, **save_options)
     tiny_models.byte_tokenizer(chat=chat).save_pretrained(folder)
     return model
-
-
-def save_random(folder: Path, config: dict, shards: int = 2) -> None:
-    """A float32 checkpoint of a real encoder-decoder model's shapes, for little more than writing it:
-    its weights repeat one block of random numbers."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    tiny_models.byte_tokenizer(chat=False).save_pretrained(folder)
-    with torch.device("meta"):
-        model = T5ForConditionalGeneration(T5Config.from_pretrained(folder))
-    duplicates = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in duplicates}
-    block = torch.randn(2**22) * 0.05
-    weight_map = {}
-    names = list(shapes)
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        # Every other layer, so that the shards are of about one size.
-        held = names[shard::shards]
-        tensors = {}
-        for name in held:
-            size = shapes[name].numel()
-            tensors[name] = block.repeat(-(-size // block.numel()))[:size].reshape(shapes[name])
-        if "lm_head.weight" in tensors:
-            tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(held, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )

@@ -1,9 +1,7 @@
 """Conversion on this machine: what is written is what the checkpoint holds, whole, and in constant memory."""
 
 import json
-import multiprocessing
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -18,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-from helpers import conversion
+from helpers import conversion, packaged_model
 from helpers.checkpoint import CheckpointError
 from helpers.load_state_dict import convert, main
-from helpers.manifest import Manifest, companion_folder, crc32c_of, read_manifest
-from helpers.models import ModelError
+from helpers.manifest import companion_folder, crc32c_of, read_manifest
+from helpers.models import ModelError, load_config
+from helpers.random_checkpoint import write_random_checkpoint
 from helpers.rounding import DTYPES, RoundingError
 from helpers.whole_file import FileBusyError, partial_path, whole_or_absent
 
@@ -324,53 +323,6 @@ def test_the_command_line_converts_and_explains_mistakes_in_one_line(t5, tmp_pat
     assert capsys.readouterr().err.startswith("error: There is no folder")
 
 
-def _convert_in_child(model: str, path: str, overwrite: bool) -> None:
-    convert(model, path, progress=False, overwrite=overwrite)
-
-
-def test_kill_9_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
-    """Twenty kills, spread over the time that a conversion takes, and then a rerun that succeeds."""
-    model = tmp_path / "m"
-    checkpoint_folders.save_t5(model)
-    path = tmp_path / "out" / "m.pt"
-    children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["helpers.conversion", "transformers.models.t5.modeling_t5"])
-
-    def start() -> tuple[multiprocessing.Process, float]:
-        child = children.Process(target=_convert_in_child, args=(str(model), str(path), False))
-        child.start()
-        return child, time.monotonic()
-
-    start()[0].join(120)  # the fork server's own start
-    shutil.rmtree(tmp_path / "out")
-    child, began = start()
-    child.join(120)
-    duration = time.monotonic() - began
-    assert child.exitcode == 0
-    shutil.rmtree(tmp_path / "out")
-
-    moments = random.Random(0)
-    killed = found_whole = 0
-    for attempt in range(60):
-        if killed >= 20:
-            break
-        child, _ = start()
-        child.join(moments.uniform(0, 1) * duration)
-        killed += child.exitcode is None
-        child.kill()
-        child.join(30)
-        if path.exists():
-            manifest: Manifest = read_manifest(path)
-            assert (path.stat().st_size, crc32c_of(path)) == (manifest.bytes, manifest.crc32c), attempt
-            found_whole += 1
-            shutil.rmtree(tmp_path / "out")
-    assert killed >= 20, f"{found_whole} conversions ended before they were killed"
-
-    convert(str(model), path, progress=False)
-    assert {file.name for file in path.parent.iterdir()} == {"m", "m.pt"}
-    assert not list(path.parent.rglob("*.partial"))
-
-
 PEAK_OF_CHILD = """
 import sys, torch
 print("ready", flush=True)
@@ -390,10 +342,7 @@ def anonymous_megabytes(process_id: int) -> float:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("size", ["large", pytest.param("xl", marks=pytest.mark.slow)])
 def test_peak_anonymous_memory_does_not_depend_on_the_models_size(size, tmp_path):
-    configs = Path(conversion.__file__).parent / "model_configs"
-    checkpoint_folders.save_random(
-        tmp_path / "m", json.loads((configs / f"google--flan-t5-{size}.json").read_text())
-    )
+    write_random_checkpoint(load_config(f"google/flan-t5-{size}"), tmp_path / "m")
     command = [sys.executable, "-c", PEAK_OF_CHILD, str(tmp_path / "m"), str(tmp_path / "m.pt")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "ready\n"
@@ -411,3 +360,16 @@ def test_peak_anonymous_memory_does_not_depend_on_the_models_size(size, tmp_path
     assert read_manifest(tmp_path / "m.pt").bytes > (1.5e9 if size == "large" else 5.6e9)
     shutil.rmtree(tmp_path / "m")
     os.unlink(tmp_path / "m.pt")
+
+
+def test_a_gguf_file_as_packaged_becomes_the_state_dict_that_transformers_reads_from_it(tmp_path):
+    checkpoint_folders.write_gguf(tmp_path / "m.gguf")
+    packaged_model._gguf_to_checkpoint(tmp_path / "m.gguf", tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    expected = model.state_dict()
+    convert(str(tmp_path / "m"), tmp_path / "m.pt", progress=False)
+    found = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.half()), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "m")("ab")["input_ids"]

@@ -1,0 +1,35 @@
+"""What a converted model answers is compared with what its checkpoint answers."""
+
+import checkpoint_folders
+import pytest
+import torch
+
+from helpers.comparison import compare
+from helpers.load_state_dict import convert
+
+PROMPTS = ["a", "What is the capital of France?", "Why?"]
+
+
+@pytest.mark.parametrize("save", [checkpoint_folders.save_t5, checkpoint_folders.save_llama])
+def test_a_comparison_shows_equal_answers_and_names_the_first_difference(save, tmp_path):
+    save(tmp_path / "m")
+    convert(str(tmp_path / "m"), tmp_path / "m32.pt", "float32", progress=False)
+    for row, prompt in zip(
+        compare(str(tmp_path / "m"), str(tmp_path / "m32.pt"), PROMPTS, 8), PROMPTS, strict=True
+    ):
+        assert row.prompt == prompt
+        assert row.equal_tokens == row.tokens > 0 and row.source == row.converted
+
+    state_dict = torch.load(tmp_path / "m32.pt", weights_only=True)
+    state_dict["lm_head.weight"].neg_()
+    torch.save(state_dict, tmp_path / "m32.pt")
+    rows = compare(str(tmp_path / "m"), str(tmp_path / "m32.pt"), PROMPTS, 8)
+    assert any(row.equal_tokens < row.tokens and row.source != row.converted for row in rows)
+
+
+def test_a_comparison_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    checkpoint_folders.save_t5(tmp_path / "m")
+    convert(str(tmp_path / "m"), tmp_path / "m.pt", progress=False)
+    monkeypatch.setattr("helpers.comparison.HEADROOM", 2**40)
+    with pytest.raises(MemoryError, match="compare on a larger machine"):
+        compare(str(tmp_path / "m"), str(tmp_path / "m.pt"), PROMPTS)

@@ -1,0 +1,104 @@
+"""Converting side by side: this project's way, and `from_pretrained(dtype=...)` with `torch.save`.
+
+    python tools/bench_convert.py [MODEL] [--dtype float16] [--rounds 3]
+
+Each runs in a process of its own, alternating, on the same checkpoint of random weights of the model's real
+shape. What is measured is the conversion, imports apart. The last line of the output is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from helpers.models import load_config
+from helpers.random_checkpoint import write_random_checkpoint
+
+WAYS = {
+    "from_pretrained and torch.save": """
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoConfig
+import transformers.models.t5.modeling_t5, transformers.models.llama.modeling_llama
+def convert(source, target, dtype):
+    config = AutoConfig.from_pretrained(source)
+    model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
+    torch.save(model.state_dict(), target)
+""",
+    "helpers.load_state_dict": """
+import helpers.conversion
+import transformers.models.t5.modeling_t5, transformers.models.llama.modeling_llama
+from helpers.load_state_dict import convert as convert_quietly
+def convert(source, target, dtype):
+    convert_quietly(source, target, dtype, progress=False)
+""",
+}
+
+MEASURE = """
+import json, sys, threading, time
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+import torch
+before = peak = anonymous()
+done = threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.01):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+began = time.perf_counter()
+convert(*sys.argv[1:4])
+seconds = time.perf_counter() - began
+done.set()
+watcher.join()
+print(json.dumps({"seconds": seconds, "peak_anonymous_bytes": peak - before}))
+"""
+
+
+def bench(
+    model_name: str = "google/flan-t5-large", dtype: str = "float16", rounds: int = 3
+) -> dict[str, Any]:
+    """Measures both ways.
+
+    Returns:
+        By way: the median seconds and peak anonymous bytes above the interpreter with torch imported; and
+        `speed_ratio`, how many times as fast this project's way was, by the medians.
+    """
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as scratch:
+        source = write_random_checkpoint(load_config(model_name), Path(scratch) / "checkpoint")
+        for _ in range(rounds):
+            for way, code in WAYS.items():
+                target = Path(scratch) / "converted.pt"
+                command = [sys.executable, "-c", code + MEASURE, str(source), str(target), dtype]
+                output = subprocess.run(
+                    command, check=True, capture_output=True, text=True, timeout=1800
+                ).stdout
+                results[way].append(json.loads(output.splitlines()[-1]))
+                target.unlink()
+    summary = {
+        way: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for way, runs in results.items()
+    }
+    theirs, ours = (summary[way]["seconds"] for way in WAYS)
+    return {
+        "model_name": model_name,
+        "dtype": dtype,
+        "rounds": rounds,
+        **summary,
+        "speed_ratio": theirs / ours,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model_name", nargs="?", default="google/flan-t5-large")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--rounds", type=int, default=3)
+    print(json.dumps(bench(**vars(parser.parse_args()))))
