@@ -28,8 +28,6 @@ def check(job: Any) -> None:
     pool = pools[0]
     if not pool.machine_spec.machine_type:
         raise invalid_argument("worker_pool_specs[0].machine_spec.machine_type is missing.")
-    if pool.replica_count < 1:
-        raise invalid_argument("worker_pool_specs[0].replica_count must be at least 1.")
     if pool.HasField("python_package_spec"):
         spec = pool.python_package_spec
         if not (spec.executor_image_uri and spec.package_uris and spec.python_module):

@@ -88,7 +88,7 @@ def is_stateless(pipeline: Any) -> bool:
     not come from the messages is bounded and only serves as a side input.
     """
     transforms = pipeline.components.transforms
-    leaves = {i: t for i, t in transforms.items() if not t.subtransforms}
+    leaves = {i: t for i, t in transforms.items() if not t.subtransforms and not _does_nothing(t)}
     producers = {output: i for i, t in leaves.items() for output in t.outputs.values()}
     in_reshuffle = _descendants(pipeline, (i for i, t in transforms.items() if t.spec.urn == RESHUFFLE))
 
@@ -209,6 +209,11 @@ def _descendants(pipeline: Any, ids: Iterable[str]) -> set[str]:
         found.add(id_)
         pending += pipeline.components.transforms[id_].subtransforms
     return found
+
+
+def _does_nothing(transform: Any) -> bool:
+    """Whether a transform is a composite that passes its input on, such as Create's MaybeReshuffle."""
+    return bool(transform.outputs) and set(transform.outputs.values()) <= set(transform.inputs.values())
 
 
 def _has_state(transform: Any) -> bool:

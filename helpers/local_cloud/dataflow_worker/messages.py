@@ -11,15 +11,17 @@ from datetime import datetime
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.gcp.pubsub import PubsubMessage
 from google.api_core import exceptions
 from google.cloud import pubsub_v1
+from google.pubsub_v1 import types
 
 from .graph import Source
 
 LEASE_SECONDS = 15  # so long do the messages of a worker that was killed stay away
 EXTEND_EVERY_SECONDS = 3.0
 PUBLISH_SECONDS = 60.0
+
+PubsubMessage = types.PubsubMessage.pb()
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ class Publish(beam.DoFn):
         self._bundle = []
 
     def process(self, element: bytes, timestamp: Any = beam.DoFn.TimestampParam) -> Iterable[bytes]:
-        message = PubsubMessage._from_proto_str(element)
-        attributes = dict(message.attributes or {})
+        message = PubsubMessage.FromString(element)
+        attributes = dict(message.attributes)
         if self._id_attribute:
             attributes[self._id_attribute] = uuid.uuid4().hex
         if self._timestamp_attribute:
