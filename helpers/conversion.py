@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from helpers.companion_files import has_tokenizer, write_companion_files
 from helpers.manifest import MANIFEST, Manifest, companion_folder, crc32c_of
 from helpers.rounding import DTYPES, RoundingReport, rounded, rounded_dtype
 from helpers.state_dict_file import Place, StateDictFile
-from helpers.whole_file import partial_path, whole_or_absent
+from helpers.whole_file import free_bytes, partial_path, whole_or_absent
 
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -106,9 +105,7 @@ def _write_weights(
 
 
 def _check_disk(path: Path, size: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    leftover = partial_path(path)
-    free = shutil.disk_usage(path.parent).free
+    leftover, free = partial_path(path), free_bytes(path)
     if leftover.exists():
         free += leftover.stat().st_blocks * 512
     if free < size + SPARE_BYTES:

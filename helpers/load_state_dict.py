@@ -133,7 +133,7 @@ def _in_place(path: str, model_name: str, dtype: str, source: str) -> Manifest |
         as_asked = (manifest.model_name, manifest.dtype, manifest.source) == (model_name, dtype, source)
         if as_asked and storage.size_and_crc32c(path) == (manifest.bytes, manifest.crc32c):
             return manifest
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         pass
     return None
 

@@ -4,6 +4,7 @@
 places. The result is what `torch.save` would have written, the checksums of its records included.
 """
 
+import errno
 import os
 import struct
 import zipfile
@@ -97,8 +98,11 @@ def _write_empty(file_name: str, names: Sequence[str], places: Sequence[Place]) 
         tensors = {}
         for shape, dtype, shared in places:
             tensors |= dict.fromkeys(shared, torch.empty(shape, dtype=dtype))
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({name: tensors[name] for name in names}, file_name)
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save({name: tensors[name] for name in names}, file_name)
+    except RuntimeError as error:  # what torch makes of an operating system's error, whose number is lost
+        raise OSError(errno.EFBIG, "a file of that size cannot be laid out") from error
 
 
 def _find_records(file: BinaryIO) -> dict[str, tuple[int, int]]:

@@ -17,7 +17,10 @@ from helpers.custom_job import JobError, JobGoesOnError, run_custom_job
 from helpers.load_state_dict import describe, fingerprint, state_dict_in_place
 from helpers.manifest import Manifest, read_manifest
 from helpers.package import build_wheel
+from helpers.packaged_model import default_cache
+from helpers.process_memory import machine_memory_bytes
 from helpers.sizing import size_model
+from helpers.whole_file import free_bytes
 
 # Vertex AI pulls from Docker Hub: https://cloud.google.com/vertex-ai/docs/training/create-custom-container
 IMAGE = "python:3.12-slim"
@@ -36,6 +39,30 @@ python -m pip install --quiet "$1"
 shift
 exec python -m helpers.load_state_dict local "$@"
 """
+
+
+def where_to_convert(model_name: str, dtype: str = "float16") -> tuple[str, str]:
+    """Whether this machine has what a conversion takes.
+
+    Args:
+        model_name: a hub name, a folder, or the packaged model's name.
+        dtype: of the state dict.
+
+    Returns:
+        "here" or "Vertex AI", and the reason in one sentence.
+
+    Raises:
+        ModelError, SizingError, MachineTypeError: as `helpers.sizing.size_model`.
+    """
+    sizing = size_model(model_name, dtype=dtype)
+    is_here = Path(model_name).expanduser().is_dir()
+    disk = sizing.weights_bytes[dtype] + (0 if is_here else sizing.weights_bytes["float32"])
+    free_disk, memory = free_bytes(default_cache()), machine_memory_bytes()
+    place = "here" if disk < free_disk and sizing.convert.memory_bytes < memory else "Vertex AI"
+    return place, (
+        f"{model_name} takes {disk / 1e9:.1f} GB of disk and {sizing.convert.memory_bytes / 1e9:.1f} GB of "
+        f"memory to convert; this machine has {free_disk / 1e9:.1f} GB free and {memory / 1e9:.1f} GB"
+    )
 
 
 def vertex(

@@ -1,6 +1,8 @@
 """Files that appear whole or not at all: written beside their name, locked while written, then renamed."""
 
+import errno
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,14 @@ def partial_path(path: str | os.PathLike) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
+def free_bytes(path: str | os.PathLike) -> int:
+    """The free space, in bytes, of the disk that `path` is on, or will be."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 @contextmanager
 def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterator[BinaryIO]:
     """Opens `path` for writing; the file stands at `path` when the block ends well, and not before.
@@ -37,18 +47,30 @@ def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterato
 
     Raises:
         FileBusyError: another process was still writing the file after `wait_seconds`.
+        OSError: the folder cannot be made or written to, or its disk is full.
     """
     path, partial = Path(path), partial_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = _open_locked(partial, wait_seconds)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(partial, wait_seconds)
+    except FileBusyError:
+        raise
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written ({error.strerror}): choose another folder, or make that one writable"
+        ) from error
     try:
         file.truncate(0)
         yield file
         file.flush()
         os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno, f"no room for {path} ({error.strerror}): free some of its disk, or use another"
+            ) from error
         raise
     finally:
         file.close()

@@ -283,6 +283,32 @@ def test_a_full_disk_is_foreseen_and_told(t5, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_all_the_same_leaves_nothing(t5, tmp_path):
+    """A limit on the size of files stands in for the full disk."""
+    code = (
+        "import resource, sys; from helpers.load_state_dict import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "local",
+        f"--model-name={t5}",
+        f"--state-dict-path={tmp_path}/t5.pt",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert f"no room for {tmp_path}/t5.pt" in run.stderr and "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told(t5, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="choose another folder"):
+        convert(str(t5), tmp_path / "file" / "t5.pt", progress=False)
+
+
 def test_two_conversions_to_one_path_do_not_mix(t5, tmp_path):
     with whole_or_absent(tmp_path / "t5.pt"):
         with pytest.raises(FileBusyError, match="another process is writing"):

@@ -15,11 +15,11 @@ from google.cloud import aiplatform
 from google.cloud.aiplatform_v1 import JobServiceClient
 from safetensors.torch import load_file
 
-from helpers import storage
+from helpers import storage, vertex_conversion
 from helpers.custom_job import JobError, label
 from helpers.load_state_dict import main
 from helpers.manifest import companion_folder, read_manifest
-from helpers.vertex_conversion import IMAGE, vertex
+from helpers.vertex_conversion import IMAGE, vertex, where_to_convert
 
 LOCATION = "us-central1"
 
@@ -206,3 +206,12 @@ def test_mistakes_are_told_before_a_job_is_started(change, error, message, cloud
 def test_any_text_becomes_a_label(text, expected):
     assert label(text) == expected
     aiplatform.utils.validate_labels({"name": label(text)})
+
+
+def test_where_to_convert_is_said_with_the_reason(model, monkeypatch):
+    place, reason = where_to_convert(str(model))
+    assert place == "here"
+    place, reason = where_to_convert("google/flan-ul2")
+    assert reason.startswith("google/flan-ul2 takes 1")
+    monkeypatch.setattr(vertex_conversion, "machine_memory_bytes", lambda: 2**20)
+    assert where_to_convert(str(model))[0] == "Vertex AI"
