@@ -133,8 +133,7 @@ class Job:
                 self._set_state(State.JOB_STATE_CANCELLING)
             worker = self._worker
         if worker:
-            _signal(worker, signal.SIGTERM)
-            threading.Timer(CANCEL_SECONDS, _signal, (worker, signal.SIGKILL)).start()
+            threading.Thread(target=_end, args=(worker,), daemon=True).start()
 
     def wait(self, seconds: float) -> None:
         """Waits for the job's end."""
@@ -291,6 +290,15 @@ class Job:
             )
             message.time.GetCurrentTime()
             self._messages.append(message)
+
+
+def _end(worker: subprocess.Popen) -> None:
+    """Asks a worker to end, and kills it when it takes too long."""
+    _signal(worker, signal.SIGTERM)
+    try:
+        worker.wait(CANCEL_SECONDS)
+    except subprocess.TimeoutExpired:
+        _signal(worker, signal.SIGKILL)
 
 
 def _signal(worker: subprocess.Popen, number: int) -> None:

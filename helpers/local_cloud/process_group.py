@@ -47,6 +47,8 @@ class ProcessGroup:
 
     def stop(self, grace_seconds: float = 5.0) -> None:
         """Asks all processes of the group to end with SIGTERM; kills them when the time is over."""
+        if self._guard.poll() is not None:
+            return
         self._signal(signal.SIGTERM)
         if self.wait(grace_seconds) is None:
             self._signal(signal.SIGKILL)

@@ -56,6 +56,8 @@ class Job:
         engine = micro_batches if graph.is_stateless(self._pipeline) else continuous
         log.info("The streaming engine is %s.", engine.__name__)
         graph.replace_sinks(self._pipeline, Publish)
+        self._service.before_exit(self._intake.close)
+        self._service.before_exit(self._intake.give_back_all)
         try:
             engine.run(self._pipeline, self._options, self._intake, self._service)
         except BaseException as error:
@@ -87,7 +89,4 @@ class Job:
         for topic in graph.sink_topics(self._pipeline):
             publisher.get_topic(topic=topic)
         publisher.stop()
-        intake = Intake(sources, name)
-        self._service.before_exit(intake.close)
-        self._service.before_exit(intake.give_back_all)
-        return intake
+        return Intake(sources, name)

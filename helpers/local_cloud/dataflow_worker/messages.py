@@ -62,14 +62,12 @@ class Intake:
         self._subscriptions: dict[Source, str] = {}
         self.own_subscriptions: list[str] = []
         self._turns = itertools.cycle(sources)
-        try:
-            self._subscribe(sources, name)
-        except BaseException:
-            self.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            self._subscribe(sources, name, undo)
+            undo.pop_all()
         threading.Thread(target=self._keep_leases, daemon=True).start()
 
-    def _subscribe(self, sources: list[Source], name: str) -> None:
+    def _subscribe(self, sources: list[Source], name: str, undo: contextlib.ExitStack) -> None:
         for number, source in enumerate(sources):
             if source.subscription:
                 self._client.get_subscription(subscription=source.subscription)
@@ -81,6 +79,7 @@ class Intake:
                 self._subscriptions[source] = path
                 with contextlib.suppress(exceptions.AlreadyExists):
                     self._client.create_subscription(name=path, topic=source.topic)
+                    undo.callback(self._client.delete_subscription, subscription=path)
 
     def pull(self, max_messages: int) -> Batch:
         """The next messages of one of the reads, each having its turn; none if there are none for a while."""
