@@ -10,6 +10,7 @@ share one, names whose tensors differ keep their own, and a name that is absent 
 """
 
 import json
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from helpers.checkpoint import Checkpoint, CheckpointError
+from helpers.rounding import CHUNK
 
 
 @dataclass
@@ -206,8 +208,9 @@ def _equal(weight: Weight, source: _Source) -> bool:
         return False
     one, other = weight.load(), source.load()
     same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
-    # Row by row: comparing two mapped tensors at once would make a third of their size.
-    return same or all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    # In chunks: comparing two mapped tensors at once would make a third of their size.
+    chunks = zip(one.reshape(-1).split(CHUNK), other.reshape(-1).split(CHUNK), strict=True)
+    return same or all(torch.equal(a, b) for a, b in chunks)
 
 
 def _separate_head(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
@@ -224,8 +227,6 @@ def _separate_head(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
-    import re
-
     return any(re.search(pattern, name) for pattern in patterns)
 
 
