@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,18 +111,35 @@ def load_model(
     # from its config and calling load_state_dict, as is usual, does tie them under transformers 5, writes
     # both tensors into one, and reports success.
     try:
-        model, keys = model_class.from_pretrained(
-            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
-        )
+        with _quietly():
+            model, keys = model_class.from_pretrained(
+                None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+            )
     except RuntimeError as error:
         raise LoadError(_misfit(state_dict_file, model_class, state_dict, config, str(error))) from error
-    # Its report leaves out what transformers can fill by tying, such as a T5's missing lm_head: compare names.
+    # Its report leaves out what transformers can fill by tying, such as a missing lm_head: compare names.
     if model.state_dict().keys() != state_dict.keys() or any(keys.values()):
         raise LoadError(_misfit(state_dict_file, model_class, state_dict, config))
     if (Path(folder) / "generation_config.json").is_file():
         # Start and end tokens: a model that is built from its config alone does not know them.
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device), AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the bar that is over at once, and the warning that a flan-t5's head is not tied, as it must."""
+    from transformers.utils import logging
+
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def read_state_dict(file: str | Path) -> dict[str, torch.Tensor]:

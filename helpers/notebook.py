@@ -17,14 +17,7 @@ from helpers import local_cloud
 from helpers.packaged_model import default_cache
 
 # What a reader wants to know when something behaves differently elsewhere.
-PACKAGES = (
-    "apache-beam",
-    "torch",
-    "transformers",
-    "google-cloud-aiplatform",
-    "google-cloud-pubsub",
-    "papermill",
-)
+PACKAGES = ("apache-beam", "torch", "transformers", "google-cloud-aiplatform", "google-cloud-pubsub")
 
 _local: local_cloud.Child | None = None
 
@@ -79,8 +72,8 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
         project = _connect_to_this_machine()
     elif _local is not None or "LOCAL_CLOUD_PROJECT" in os.environ:
         raise ConnectionFailed(
-            f"This kernel is connected to this machine's local cloud. To use the project {project!r}, restart "
-            "the kernel and run the notebook from the top."
+            f"This kernel is connected to this machine's local cloud. To use the project {project!r}, "
+            "restart the kernel and run the notebook from the top."
         )
     elif "google.colab" in sys.modules:
         from google.colab import auth
@@ -94,6 +87,9 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
 def _connect_to_this_machine() -> str:
     """Starts the local cloud, once in this kernel; returns its project's id."""
     global _local
+    if _local is not None and not _local.is_running:
+        # A new one would have other certificates, and gRPC reads those that it trusts only once.
+        raise ConnectionFailed("This machine's local cloud has ended: restart the kernel, run from the top.")
     if "LOCAL_CLOUD_PROJECT" in os.environ:  # started by an earlier call, or around this process
         return os.environ["LOCAL_CLOUD_PROJECT"]
     _local = local_cloud.launch(_local_cloud_folder())

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import apache_beam as beam
     import torch
     from matplotlib.axes import Axes
 
@@ -127,3 +128,43 @@ def _largest_error(low: torch.Tensor, high: torch.Tensor, dtype: str) -> float:
     exact = torch.linspace(float(low), float(high), 200, dtype=torch.float64)
     rounded = exact.to(getattr(torch, dtype)).double()
     return float(((rounded - exact).abs() / exact).clamp(max=1).max())
+
+
+def pipeline_graph(pipeline: beam.Pipeline) -> Axes:
+    """A Beam pipeline's steps, as its author named them, and what flows between them."""
+    proto = pipeline.to_runner_api()
+    transforms = proto.components.transforms
+    [root] = proto.root_transform_ids
+    steps = [transforms[key] for key in transforms[root].subtransforms] or [transforms[root]]
+    made_by = {pcollection: step for step in steps for pcollection in step.outputs.values()}
+    before = {
+        step.unique_name: [made_by[p].unique_name for p in step.inputs.values() if p in made_by]
+        for step in steps
+    }
+    column: dict[str, int] = {}
+    for step in steps:  # in the order of their making: what comes before a step has its column already
+        column[step.unique_name] = 1 + max((column[name] for name in before[step.unique_name]), default=-1)
+    columns = [
+        [name for name in column if column[name] == place] for place in range(1 + max(column.values()))
+    ]
+    place = {
+        name: (x * 2.4, (len(names) - 1) / 2 - y)
+        for x, names in enumerate(columns)
+        for y, name in enumerate(names)
+    }
+    axes = new_axes(width=2.2 * len(columns), height=0.5 + 0.6 * max(map(len, columns)))
+    box = {"boxstyle": "round,pad=0.5", "facecolor": SHADES[3][0], "edgecolor": EDGE}
+    drawn = {
+        # Without the "[7]: " that Beam puts before the name in a notebook: the cell's number.
+        name: axes.text(*spot, name.rpartition("]: ")[2], ha="center", va="center", bbox=box, fontsize=9)
+        for name, spot in place.items()
+    }
+    for name, earlier_names in before.items():
+        for earlier in earlier_names:
+            ends = {"patchA": drawn[earlier].get_bbox_patch(), "patchB": drawn[name].get_bbox_patch()}
+            arrow = {"arrowstyle": "->", "color": EDGE, "shrinkA": 2, "shrinkB": 2, **ends}
+            axes.annotate("", place[name], place[earlier], arrowprops=arrow)
+    axes.set_xlim(-1, 2.4 * (len(columns) - 1) + 1)
+    axes.set_ylim(-max(map(len, columns)) / 2 - 0.2, max(map(len, columns)) / 2 + 0.2)
+    axes.axis("off")
+    return axes

@@ -32,6 +32,11 @@ class Child:
         """The child's process id."""
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the services answer still."""
+        return self._process.poll() is None
+
     def stop(self) -> None:
         """Ends the services and every process they started. Objects stay."""
         _end(self._process)

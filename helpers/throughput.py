@@ -1,0 +1,83 @@
+"""How many tokens a second a model generates on this machine, by batch size and dtype."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from helpers.language_model import Generation, LanguageModel
+from helpers.served_model import ModelSource
+
+# Prompts of different length, as messages are.
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "List the planets of the solar system.",
+    "Explain to a child how a bicycle stays upright, and why it is hard to ride one very slowly.",
+)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A measured rate: tokens generated a second, the median of several runs."""
+
+    dtype: str
+    batch_size: int
+    tokens_per_second: float
+
+
+def measure_throughput(
+    state_dict_path: str,
+    *,
+    batch_sizes: Sequence[int] = (1, 4, 16),
+    dtypes: Sequence[str | None] = (None,),
+    response_tokens: int = 32,
+    repeats: int = 3,
+    device: str | None = None,
+    cache_dir: str | None = None,
+) -> list[Throughput]:
+    """Measures a model's rate for each dtype and batch size.
+
+    The runs alternate between the dtypes, so that another load on the machine falls on all of them alike.
+
+    Args:
+        state_dict_path: ``.../NAME.pt``, local or ``gs://``.
+        batch_sizes: how many prompts are answered at once.
+        dtypes: to compute in; None is what the device is fast in. One that comes twice is measured once.
+        response_tokens: of each response, at most.
+        repeats: runs of which the median is taken.
+        device: see ``LanguageModelHandler``.
+        cache_dir: see ``LanguageModelHandler``.
+
+    Raises:
+        LoadError: the state dict or the device cannot be used.
+    """
+    loaded = [
+        ModelSource(state_dict_path, device=device, dtype=dtype, cache_dir=cache_dir).load()[0]
+        for dtype in dtypes
+    ]
+    by_dtype = {str(model.model.dtype).removeprefix("torch."): model for model in loaded}
+    generation = Generation(max_response_tokens=response_tokens)
+    for model in by_dtype.values():
+        model.ask(PROMPTS[:1], Generation(max_response_tokens=2))  # the first call prepares kernels
+    rates: dict[tuple[str, int], list[float]] = {}
+    for size in batch_sizes:
+        prompts = [PROMPTS[n % len(PROMPTS)] for n in range(size)]
+        for _ in range(repeats):
+            for dtype, model in by_dtype.items():
+                rates.setdefault((dtype, size), []).append(_rate(model, prompts, generation))
+    return [Throughput(dtype, size, statistics.median(runs)) for (dtype, size), runs in rates.items()]
+
+
+def _rate(model: LanguageModel, prompts: Sequence[str], generation: Generation) -> float:
+    tokens = 0
+
+    def count(batch) -> None:
+        nonlocal tokens
+        tokens += batch.response_tokens
+
+    started = time.perf_counter()
+    model.ask(prompts, generation, max_batch_size=len(prompts), on_batch=count)
+    return tokens / (time.perf_counter() - started)
