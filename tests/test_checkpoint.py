@@ -103,7 +103,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(zipped, tmp_pa
 
 
 def test_a_bare_pickle_is_refused_and_does_not_run(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "executed"), protocol=2))
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is refused|is damaged"):
         Checkpoint(tmp_path)
     assert not (tmp_path / "executed").exists()
