@@ -37,10 +37,10 @@ from helpers.sizing_report import parse_prices, table
 METHODS = ("project", "sample")
 
 # Memory of a process before any model is in it, measured on Linux with Python 3.11, torch 2.13 (CPU, 2
-# threads), transformers 5.23 and apache-beam 2.77. `python -m helpers.measure_memory --overhead` measures
-# them.
-WORKER_BYTES = 600_000_000  # Beam's worker with torch and transformers, after its first generation
-CONVERTER_BYTES = 435_000_000  # helpers.load_state_dict at work; the same for a model of any size
+# threads), transformers 5.23 and apache-beam 2.77. Again, on your machine:
+# python -m helpers.measure_memory --overhead
+WORKER_BYTES = 605_000_000  # Beam's worker with torch and transformers, after its first generation
+CONVERTER_BYTES = 390_000_000  # helpers.load_state_dict at work; the same for a model of any size
 SCRIPT_BYTES = 375_000_000  # a script with torch and transformers, as the sample converts
 
 # An allowance, not measured here: the driver's context and torch's kernels on the GPU, and as much beside
@@ -161,7 +161,7 @@ def size_model(
         MachineTypeError: an unknown family, or no machine of it is large enough.
     """
     _check_workload(method, batch_size, prompt_tokens, response_tokens, processes)
-    half_bytes = dtype_bytes(dtype)
+    stored_bytes = dtype_bytes(dtype)
     config = load_config(model_name)
     count = parameter_count(config)
     default_convert, default_serve = FAMILIES[method]
@@ -169,35 +169,31 @@ def size_model(
     headroom = HEADROOM[method] if headroom is None else headroom
 
     download = count.checkpoint * (4 if method == "sample" else _published_bytes(config))
-    disk_gb = disk_size_gb(download + count.checkpoint * half_bytes)
-    convert_memory, convert_parts, convert_peak = _convert(method, count, half_bytes)
-    convert_machine = machine_types.smallest(
-        convert_memory, family=convert_family or default_convert, headroom=headroom
-    )
+    disk_gb = disk_size_gb(download + count.checkpoint * stored_bytes)
+    memory, parts, peak = _convert(method, count, stored_bytes)
+    machine = machine_types.smallest(memory, family=convert_family or default_convert, headroom=headroom)
+    convert = Phase(memory, parts, peak, machine, disk_gb)
 
-    on_gpu = family in machine_types.GPU_FAMILIES
     compute_dtype = "float32" if method == "sample" else compute_dtype_on(family, dtype)
     workload = (batch_size, prompt_tokens, response_tokens, compute_dtype)
     cache, activations = kv_cache_bytes(config, *workload), activation_bytes(config, *workload)
-    weights = count.checkpoint * dtype_bytes(compute_dtype)
     if method == "sample":
-        serve_memory, parts = weights, {"weights": weights}
-        loading = count.built * 4 + count.checkpoint * half_bytes
+        weights = count.checkpoint * 4
+        loading = count.built * 4 + count.checkpoint * stored_bytes
         peak = processes * (WORKER_BYTES + max(loading, count.built * 4 + cache + activations))
+        serve = Phase(weights, {"weights": weights}, peak, _machine(weights, family, headroom, processes))
     else:
+        weights = count.checkpoint * dtype_bytes(compute_dtype)
         each = {"KV cache": cache, "activations": activations}
-        each |= {"CUDA context": CUDA_CONTEXT_BYTES} if on_gpu else {"Python worker": WORKER_BYTES}
-        # A GPU's memory is not shared between processes; mapped pages of a machine's memory are.
-        copies = processes if on_gpu else 1
-        parts = {"weights": copies * weights} | {name: processes * size for name, size in each.items()}
-        serve_memory = peak = sum(parts.values())
-    if on_gpu:
-        host = processes * (WORKER_BYTES + CUDA_CONTEXT_BYTES)
-        machine = machine_types.smallest_gpu(
-            serve_memory, family=family, headroom=headroom, host_memory_bytes=host
-        )
-    else:
-        machine = machine_types.smallest(serve_memory, family=family, headroom=headroom)
+        if family in machine_types.GPU_FAMILIES:
+            parts = {"weights": processes * weights}  # processes do not share memory of a GPU
+            each["CUDA context"] = CUDA_CONTEXT_BYTES
+        else:
+            parts = {"weights": weights}
+            each["Python worker"] = WORKER_BYTES
+        parts |= {name: processes * size for name, size in each.items()}
+        memory = sum(parts.values())
+        serve = Phase(memory, parts, memory, _machine(memory, family, headroom, processes))
 
     return Sizing(
         model_name=model_name,
@@ -210,9 +206,9 @@ def size_model(
         headroom=headroom,
         parameters=count.checkpoint,
         weights_bytes={name: count.checkpoint * size for name, size in DTYPE_BYTES.items()},
-        convert=Phase(convert_memory, convert_parts, convert_peak, convert_machine, disk_gb),
-        serve=Phase(serve_memory, parts, peak, machine),
-        cost_per_hour=_price(price_per_hour, machine),
+        convert=convert,
+        serve=serve,
+        cost_per_hour=_price(price_per_hour, serve.machine),
     )
 
 
@@ -233,14 +229,22 @@ def disk_size_gb(files_bytes: int) -> int:
     return max(MINIMUM_DISK_GB, math.ceil(needed / DISK_STEP_GB) * DISK_STEP_GB)
 
 
-def _convert(method: str, count: ParameterCount, half_bytes: int) -> tuple[int, dict[str, int], int]:
+def _convert(method: str, count: ParameterCount, stored_bytes: int) -> tuple[int, dict[str, int], int]:
     """Memory to choose the machine by, its parts, and the peak, of converting."""
     if method == "project":
         return CONVERTER_BYTES, {"converter": CONVERTER_BYTES}, CONVERTER_BYTES
-    parts = {"float32 copy": count.checkpoint * 4, "converted copy": count.checkpoint * half_bytes}
+    parts = {"float32 copy": count.checkpoint * 4, "converted copy": count.checkpoint * stored_bytes}
     # Today's transformers maps safetensors: the float32 copy is pages of a file, read once and the system's
     # to drop, so that a process which is short of memory can do without them. The rule of thumb counts them.
     return sum(parts.values()), parts, SCRIPT_BYTES + parts["converted copy"]
+
+
+def _machine(memory: int, family: str, headroom: float, processes: int) -> MachineType:
+    """The smallest machine of a family to serve on, by its own memory or by its GPU's."""
+    if family not in machine_types.GPU_FAMILIES:
+        return machine_types.smallest(memory, family=family, headroom=headroom)
+    host = processes * (WORKER_BYTES + CUDA_CONTEXT_BYTES)
+    return machine_types.smallest_gpu(memory, family=family, headroom=headroom, host_memory_bytes=host)
 
 
 def _published_bytes(config) -> int:
