@@ -1,6 +1,5 @@
 """What a converted model answers, beside what its checkpoint answers."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helpers import storage
-from helpers.manifest import MANIFEST, companion_folder, read_manifest
+from helpers.local_state_dict import fetch
+from helpers.manifest import read_manifest
+from helpers.model_loading import load_model
 from helpers.models import resolve
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def compare(
         MemoryError: a model in float32 is too large for this machine.
         FileNotFoundError, PermissionError, StorageError: the state dict cannot be read.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     from helpers.checkpoint_keys import empty_model
 
@@ -67,20 +67,10 @@ def compare(
     source = _answers(
         model_class.from_pretrained(folder, dtype=torch.float32), folder, prompts, max_new_tokens
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        path = _local(state_dict_path, Path(scratch))
-        companion = companion_folder(path)
-        # The concrete class, and the state dict handed to from_pretrained: an Auto class or load_state_dict()
-        # would tie T5's head to its embedding.
-        model = model_class.from_pretrained(
-            None,
-            config=AutoConfig.from_pretrained(companion),
-            state_dict=torch.load(path, mmap=True, weights_only=True),
-            dtype=torch.float32,
-        )
-        model.generation_config = GenerationConfig.from_pretrained(companion)
-        converted = _answers(model, companion, prompts, max_new_tokens)
-        del model
+    local = fetch(state_dict_path)
+    model, _ = load_model(local.file, local.folder, dtype=torch.float32)
+    converted = _answers(model, local.folder, prompts, max_new_tokens)
+    del model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [
         Comparison(
@@ -117,16 +107,6 @@ def _answers(
         start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         answers.append(output[0, start:].tolist())
     return answers
-
-
-def _local(state_dict_path: str, scratch: Path) -> str:
-    if not storage.is_cloud(state_dict_path):
-        return str(state_dict_path)
-    path = scratch / "model.pt"
-    storage.download(state_dict_path, path)
-    for name in [*read_manifest(state_dict_path).files, MANIFEST]:
-        storage.download(f"{companion_folder(state_dict_path)}/{name}", f"{companion_folder(path)}/{name}")
-    return str(path)
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -85,8 +85,8 @@ def _round(exact: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingR
     wide = exact if exact.dtype == torch.float64 else exact.float()
     error = result.to(wide.dtype).sub_(wide).div_(wide)
     lowest, highest = (value.item() for value in error.aminmax())
-    # Most often that is all there is to see. A number that became zero has an error of -1, one that overflowed
-    # of infinity; one that was zero, or not a number, gives NaN.
+    # Most often that is all there is to see. A number that became zero has an error of -1, one that
+    # overflowed of infinity; one that was zero, or not a number, gives NaN.
     if not -1 < lowest <= highest < 1:
         _check_range(exact, dtype, name)
         report.flushed += int(exact.count_nonzero() - result.count_nonzero())

@@ -1,8 +1,10 @@
 """What a converted model answers is compared with what its checkpoint answers."""
 
+import shutil
+
 import checkpoint_folders
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.comparison import compare
 from helpers.load_state_dict import convert
@@ -20,10 +22,12 @@ def test_a_comparison_shows_equal_answers_and_names_the_first_difference(save, t
         assert row.prompt == prompt
         assert row.equal_tokens == row.tokens > 0 and row.source == row.converted
 
-    state_dict = torch.load(tmp_path / "m32.pt", weights_only=True)
-    state_dict["lm_head.weight"].neg_()
-    torch.save(state_dict, tmp_path / "m32.pt")
-    rows = compare(str(tmp_path / "m"), str(tmp_path / "m32.pt"), PROMPTS, 8)
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights[next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if name in weights)].neg_()
+    shutil.copytree(tmp_path / "m", tmp_path / "other")
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    convert(str(tmp_path / "other"), tmp_path / "other.pt", "float32", progress=False)
+    rows = compare(str(tmp_path / "m"), str(tmp_path / "other.pt"), PROMPTS, 8)
     assert any(row.equal_tokens < row.tokens and row.source != row.converted for row in rows)
 
 

@@ -82,11 +82,11 @@ def test_too_large_for_every_family_says_where_to_look():
 
 
 def test_unknown_families_are_refused_with_those_there_are():
-    with pytest.raises(MachineTypeError, match="'x9'.*n2d.*g2"):
+    with pytest.raises(MachineTypeError, match=r"'x9'.*n2d.*g2"):
         smallest(GIB, family="x9")
     with pytest.raises(MachineTypeError, match="smallest_gpu"):
         smallest(GIB, family="g2")
-    with pytest.raises(MachineTypeError, match="'n2'.*g2, a2, a3"):
+    with pytest.raises(MachineTypeError, match=r"'n2'.*g2, a2, a3"):
         smallest_gpu(GIB, family="n2")
 
 

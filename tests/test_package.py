@@ -14,8 +14,8 @@ def test_the_wheel_installs_and_imports_without_index_or_build(tmp_path):
     subprocess.run([*pip, "--target", site, wheel], check=True)
     code = "import helpers.pipeline; print(helpers.pipeline.__file__)"
     environment = {"PYTHONPATH": str(site), "PATH": "", "HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment, check=True)
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": tmp_path, "env": environment}
+    run = subprocess.run([sys.executable, "-c", code], **options, check=True)
     assert run.stdout.startswith(str(site))
 
 
