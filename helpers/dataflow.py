@@ -1,121 +1,46 @@
-"""The streaming job on Dataflow: submitted, watched, drained or cancelled."""
+"""The streaming job on Dataflow, from Python and from a command line: submitted, updated, watched, stopped.
+
+    python -m helpers.dataflow list    --project P --region R
+    python -m helpers.dataflow watch   --project P --region R [--minutes M] JOB
+    python -m helpers.dataflow drain   --project P --region R JOB
+    python -m helpers.dataflow cancel  --project P --region R JOB
+    python -m helpers.dataflow reap    --project P --region R [--overdue]
+
+JOB is a job's id or name. ``reap`` drains every job that these notebooks started; with ``--overdue``, those
+whose ``--max-run-minutes`` are over. A job is submitted by ``python -m helpers.pipeline``.
+"""
 
 from __future__ import annotations
 
-import re
-import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from google.api_core.exceptions import NotFound
-from google.cloud import dataflow_v1beta3 as dataflow
+from apache_beam.runners.dataflow.internal.apiclient import DataflowJobAlreadyExistsError
+from google.api_core.exceptions import GoogleAPICallError
+from google.auth.exceptions import GoogleAuthError
 
 from helpers import pipeline
-from helpers.package import build_wheel
+from helpers.dataflow_job import TERMINAL, Job, JobError, Status
+from helpers.job_list import ListedJob, find_active, find_name, list_series, reap
+from helpers.job_options import valid_job_name
 
-POLL_SECONDS = 1.0
-TERMINAL = {"DONE", "FAILED", "CANCELLED", "DRAINED", "UPDATED"}
-
-
-class JobError(RuntimeError):
-    """A job that failed, or did not come where it should in time; the message says what to look at."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job on Dataflow."""
-
-    project: str
-    location: str
-    job_id: str
-
-    @property
-    def url(self) -> str:
-        """The job's page in the Google Cloud console."""
-        page = f"https://console.cloud.google.com/dataflow/jobs/{self.location}/{self.job_id}"
-        return f"{page}?project={self.project}"
-
-    def state(self) -> str:
-        """For instance PENDING, RUNNING, DRAINING, DRAINED, FAILED or CANCELLED."""
-        job = dataflow.JobsV1Beta3Client().get_job(request=self._request())
-        return job.current_state.name.removeprefix("JOB_STATE_")
-
-    def wait_for(self, *states: str, timeout: float = 600) -> str:
-        """Waits until the job is in one of the states.
-
-        Args:
-            states: names as ``state`` gives them.
-            timeout: seconds.
-
-        Returns:
-            The state that the job is in.
-
-        Raises:
-            JobError: the job ended in another state, or the time is over.
-        """
-        deadline = time.monotonic() + timeout
-        while (state := self.state()) not in states:
-            if state in TERMINAL:
-                errors = "\n".join(self.errors()[-3:])
-                raise JobError(f"The job ended as {state}. {errors or 'It left no error.'}\nSee {self.url}")
-            if time.monotonic() > deadline:
-                raise JobError(
-                    f"After {timeout:.0f} s the job is still {state}, not {' or '.join(states)}. It goes on: "
-                    f"look at {self.url}, wait longer, or cancel it."
-                )
-            time.sleep(POLL_SECONDS)
-        return state
-
-    def errors(self) -> list[str]:
-        """The job's error messages, oldest first."""
-        request = dataflow.ListJobMessagesRequest(
-            project_id=self.project,
-            location=self.location,
-            job_id=self.job_id,
-            minimum_importance=dataflow.JobMessageImportance.JOB_MESSAGE_ERROR,
-        )
-        messages = dataflow.MessagesV1Beta3Client().list_job_messages(request)
-        return [message.message_text for message in messages]
-
-    def counters(self) -> dict[str, int]:
-        """The pipeline's own counters, for instance ``response_tokens``, summed over its steps."""
-        request = dataflow.GetJobMetricsRequest(
-            project_id=self.project, location=self.location, job_id=self.job_id
-        )
-        totals: dict[str, int] = {}
-        for metric in dataflow.MetricsV1Beta3Client().get_job_metrics(request).metrics:
-            name = metric.name
-            if name.origin == "user" and "tentative" not in name.context and metric.kind == "Sum":
-                totals[name.name] = totals.get(name.name, 0) + int(metric.scalar)
-        return totals
-
-    def drain(self, timeout: float = 900) -> str:
-        """Stops reading, finishes what was read, and waits until that is done; returns the last state.
-
-        What is still in the subscription stays there, for the next job.
-
-        Raises:
-            JobError: the job failed, or is not drained in time.
-        """
-        return self._stop("JOB_STATE_DRAINED", timeout)
-
-    def cancel(self, timeout: float = 300) -> str:
-        """Stops at once, and returns the last state. Pub/Sub delivers again what was read and not answered."""
-        return self._stop("JOB_STATE_CANCELLED", timeout)
-
-    def _stop(self, requested: str, timeout: float) -> str:
-        if self.state() in TERMINAL:
-            return self.state()
-        job = dataflow.Job(id=self.job_id, requested_state=dataflow.JobState[requested])
-        request = dataflow.UpdateJobRequest(
-            project_id=self.project, location=self.location, job_id=self.job_id, job=job
-        )
-        dataflow.JobsV1Beta3Client().update_job(request)
-        return self.wait_for(requested.removeprefix("JOB_STATE_"), "DONE", timeout=timeout)
-
-    def _request(self) -> dataflow.GetJobRequest:
-        return dataflow.GetJobRequest(project_id=self.project, location=self.location, job_id=self.job_id)
+__all__ = [
+    "TERMINAL",
+    "Job",
+    "JobError",
+    "ListedJob",
+    "Status",
+    "find_active",
+    "find_name",
+    "list_series",
+    "reap",
+    "submit",
+    "update",
+    "valid_job_name",
+]
 
 
 def submit(
@@ -127,11 +52,18 @@ def submit(
     model_name: str,
     state_dict_path: str,
     responses_topic: str,
-    messages_subscription: str,
+    messages_subscription: str | None = None,
+    messages_topic: str | None = None,
     dead_letter_topic: str | None = None,
     max_response_tokens: int = 256,
     machine_type: str | None = None,
+    image: str | None = None,
+    device: str | None = None,
+    max_workers: int | None = None,
+    exactly_once: bool = False,
+    max_run_minutes: float | None = None,
     beam_options: Sequence[str] = (),
+    **handler_options: Any,
 ) -> Job:
     """Submits Pub/Sub → model → Pub/Sub as a streaming job.
 
@@ -143,57 +75,168 @@ def submit(
         model_name: the model that the state dict was made from.
         state_dict_path: ``gs://.../NAME.pt``.
         responses_topic: path of the topic for the responses.
-        messages_subscription: path of the subscription to read. Rather than a topic: messages that are
-            published before the job runs wait in it.
+        messages_subscription: path of the subscription to read: messages that are published before the job
+            runs wait in it.
+        messages_topic: path of the topic to read instead, from when the job runs.
         dead_letter_topic: path of the topic for messages that cannot be answered.
         max_response_tokens: a response ends here, unless the model ends it before.
-        machine_type: of the workers; None leaves it to Dataflow.
-        beam_options: further options, as on a command line.
+        machine_type: of the workers; None takes the smallest that holds the model.
+        image: of the workers, as ``helpers.worker_image`` builds it; None takes Beam's own, into which each
+            worker installs what is missing when it starts.
+        device: ``"cuda"`` for workers with a GPU.
+        max_workers: that Dataflow may start; None takes ``helpers.job_options.MAX_WORKERS``.
+        exactly_once: whether Dataflow is to remove duplicates, for more latency and cost.
+        max_run_minutes: after which the job is drained, whatever has become of this process; see
+            ``helpers.job_guard``.
+        beam_options: further options, as on a command line; they win over what is chosen here.
+        handler_options: as the command line of ``helpers.pipeline`` has them, for instance
+            ``reload_seconds=60``.
 
     Returns:
         The job; it has been created, and is not running yet.
+
+    Raises:
+        JobError: the name is in use, or Dataflow does not take the job; the message says what to do.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [
-            f"--messages-subscription={messages_subscription}",
-            f"--responses-topic={responses_topic}",
-            f"--state-dict-path={state_dict_path}",
-            f"--model-name={model_name}",
-            f"--max-response-tokens={max_response_tokens}",
-            "--runner=DataflowRunner",
-            f"--project={project}",
-            f"--region={location}",
-            f"--temp_location={temp_location}",
-            f"--job_name={valid_job_name(job_name)}",
-            # The workers import these helpers: they are sent along.
-            f"--extra_package={build_wheel(folder)}",
-            # One process a machine: it has one copy of the model, and torch uses all of its cores.
-            "--experiments=no_use_multiple_sdk_containers",
-            *beam_options,
-        ]
-        if dead_letter_topic:
-            arguments.append(f"--dead-letter-topic={dead_letter_topic}")
-        if machine_type:
-            arguments.append(f"--machine_type={machine_type}")
-        result = pipeline.run(arguments)
-    return Job(project, location, result.job_id())
-
-
-def valid_job_name(text: str) -> str:
-    """A name that Dataflow takes: lower-case letters, digits and dashes, from a letter on, at most 63."""
-    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    if not name[:1].isalpha():
-        name = f"job-{name}".strip("-")
-    return name[:63].rstrip("-")
-
-
-def find_active(project: str, location: str, prefix: str) -> list[Job]:
-    """The jobs under way whose name begins with ``prefix``: left, perhaps, by an earlier run."""
-    request = dataflow.ListJobsRequest(
-        project_id=project, location=location, filter=dataflow.ListJobsRequest.Filter.ACTIVE
+    handler_flags = _flags({name.replace("_", "-"): value for name, value in handler_options.items()})
+    arguments = _flags(
+        {
+            "messages-subscription": messages_subscription,
+            "messages-topic": messages_topic,
+            "responses-topic": responses_topic,
+            "dead-letter-topic": dead_letter_topic,
+            "state-dict-path": state_dict_path,
+            "model-name": model_name,
+            "max-response-tokens": max_response_tokens,
+            "device": device,
+            "max-run-minutes": max_run_minutes,
+            "exactly-once": exactly_once,
+            "runner": "DataflowRunner",
+            "project": project,
+            "region": location,
+            "temp_location": temp_location,
+            "job_name": valid_job_name(job_name),
+            "machine_type": machine_type,
+            "sdk_container_image": image,
+            "max_num_workers": max_workers,
+        }
     )
+    arguments += [*handler_flags, *beam_options]
+    # Beam takes options that it does not know, and says nothing.
+    _, for_beam = pipeline.parser().parse_known_args(arguments)
+    if unknown := [flag for flag in handler_flags if flag in for_beam]:
+        raise TypeError(f"submit() knows no {', '.join(unknown)}: see `python -m helpers.pipeline --help`.")
+    return _submit(arguments, project, location)
+
+
+def update(
+    job: Job,
+    *,
+    transform_name_mapping: Mapping[str, str] | None = None,
+    timeout: float = 900,
+    **arguments: Any,
+) -> Job:
+    """Puts a new job in a running one's place: another state dict, other options, or new code.
+
+    What the old job has read and not answered goes over to the new one. For a new state dict at the same path
+    there is a lighter way: ``submit(..., reload_seconds=...)`` takes it up as it is, with no new job.
+
+    Args:
+        job: that runs.
+        transform_name_mapping: from names of the old pipeline's steps to those of the new, where they differ.
+        timeout: seconds to wait for the new job to run.
+        arguments: those of ``submit``, save ``project``, ``location`` and ``job_name``, which stay.
+
+    Returns:
+        The new job, which runs. The old one ends as UPDATED.
+
+    Raises:
+        JobError: the old job does not run, or the new one cannot replace it: then the old one goes on.
+    """
+    described = job.describe()
+    state = described.current_state.name.removeprefix("JOB_STATE_")
+    # Beam asks for the job of this name again and again, without end, when there is none.
+    if state != "RUNNING":
+        raise JobError(f"Only a running job can be updated, and {job.job_id} is {state}: submit a new one.")
+    # Beam's parser wants the flag to be the last of its kind, not an option with a value.
+    options = [*arguments.pop("beam_options", ()), "--update"]
+    if transform_name_mapping:
+        options.append(f"--transform_name_mapping={json.dumps(dict(transform_name_mapping))}")
+    new = submit(
+        project=job.project,
+        location=job.location,
+        job_name=described.name,
+        beam_options=options,
+        **arguments,
+    )
+    new.wait_for("RUNNING", timeout=timeout)
+    return new
+
+
+def _flags(named: Mapping[str, Any]) -> list[str]:
+    """A command line from names and values; None and False leave a flag out, True gives it alone."""
+    given = {name: value for name, value in named.items() if value is not None and value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
+def _submit(arguments: list[str], project: str, location: str) -> Job:
     try:
-        jobs = list(dataflow.JobsV1Beta3Client().list_jobs(request))
-    except NotFound:
-        return []
-    return [Job(project, location, job.id) for job in jobs if job.name.startswith(prefix)]
+        return Job(project, location, pipeline.run(arguments).job_id())
+    except DataflowJobAlreadyExistsError as error:  # submitted by somebody else in the meantime
+        raise JobError(str(error)) from error
+    except GoogleAuthError as error:
+        raise JobError(f"No credentials: run `gcloud auth application-default login`. ({error})") from error
+    except GoogleAPICallError as error:
+        raise JobError(
+            f"Dataflow in {project}, {location}, does not take the job: {error.message} "
+            "(helpers.preflight looks for what is missing.)"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 if all went well, 2 and a line on stderr for what the user can mend."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--project", required=True)
+    common.add_argument("--region", required=True)
+    parser = argparse.ArgumentParser(prog="python -m helpers.dataflow", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", parents=[common], help="the jobs that these notebooks started")
+    for command, text in (("watch", "until it has ended"), ("drain", "and wait"), ("cancel", "and wait")):
+        one = commands.add_parser(command, parents=[common], help=f"{command} a job {text}")
+        one.add_argument("job", metavar="JOB", help="its id or name")
+        if command == "watch":
+            one.add_argument("--minutes", type=float, default=10.0, help="how long at most (default: 10)")
+    reaper = commands.add_parser("reap", parents=[common], help="drain the jobs that these notebooks started")
+    reaper.add_argument("--overdue", action="store_true", help="only those whose time is over")
+    arguments = parser.parse_args(argv)
+    try:
+        _run(arguments)
+    except (JobError, GoogleAPICallError, GoogleAuthError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    where = arguments.project, arguments.region
+    if arguments.command == "list":
+        for listed in list_series(*where):
+            _print(listed.row())
+    elif arguments.command == "reap":
+        for listed, state in reap(*where, overdue_only=arguments.overdue):
+            _print({"name": listed.name, "state": state, "job": listed.job.job_id})
+    else:
+        job = find_name(*where, arguments.job) or Job(*where, arguments.job)
+        if arguments.command == "watch":
+            for status in job.watch(seconds=arguments.minutes * 60):
+                _print(status.row())
+        else:
+            _print({"state": job.drain() if arguments.command == "drain" else job.cancel()})
+
+
+def _print(row: Mapping[str, object]) -> None:
+    print("  ".join(f"{name}={value}" for name, value in row.items() if value != ""), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,18 +32,40 @@ import apache_beam as beam
 from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+    TestOptions,
+)
 from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.transforms.window import TimestampedValue
+from google.api_core.exceptions import GoogleAPICallError
+from google.auth.exceptions import GoogleAuthError
 
+from helpers import job_guard, job_options
+from helpers.dataflow_job import JobError
+from helpers.job_list import check_name
 from helpers.language_model import Failure
 from helpers.model_handler import NAMESPACE, LanguageModelHandler
+from helpers.storage import StorageError
 
 log = logging.getLogger(__name__)
 
 # https://cloud.google.com/pubsub/quotas#resource_limits
 MAX_ATTRIBUTES = 100
 MAX_ATTRIBUTE_BYTES = 1024
+
+# Of the command line's arguments, those that are the Dataflow job's, and those its machine is sized by.
+JOB_ARGUMENTS = ("max_run_minutes", "exactly_once", "helpers_in_image")
+SIZE_ARGUMENTS = (
+    "model_name",
+    "state_dict_path",
+    "device",
+    "max_response_tokens",
+    "max_batch_size",
+    "max_batch_tokens",
+)
 
 
 class FailedPromptError(RuntimeError):
@@ -230,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
         description="Answers Pub/Sub messages with a language model, in a streaming Beam pipeline.",
         epilog="Every other option is Beam's: --runner, --project, --region, --temp_location, ...",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     source = arguments.add_mutually_exclusive_group(required=True)
     source.add_argument("--messages-topic", help="projects/P/topics/T to read from the job's start on")
@@ -238,9 +262,24 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--dead-letter-topic", help="projects/P/topics/T for messages without a response")
     arguments.add_argument("--state-dict-path", required=True, help=".../NAME.pt, local or gs://")
     arguments.add_argument("--model-name", required=True, help="the model that it was made from")
-    arguments.add_argument("--device", help="cpu or cuda; by default a GPU if the worker has one")
-    arguments.add_argument("--dtype", help="bfloat16, float16 or float32; by default the device's best")
-    arguments.add_argument("--max-response-tokens", type=_positive, default=256, metavar="N")
+
+    model = arguments.add_argument_group("model", "see helpers.model_handler for what is taken without them")
+    model.add_argument("--device", help="cpu or cuda; by default a GPU if the worker has one")
+    model.add_argument("--dtype", help="bfloat16, float16 or float32; by default the device's best")
+    model.add_argument("--max-response-tokens", type=_positive, default=256, metavar="N")
+    model.add_argument("--max-prompt-tokens", type=_positive, metavar="N", help="longer prompts fail")
+    model.add_argument("--truncate", action="store_true", help="longer prompts are cut instead")
+    model.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
+    model.add_argument("--max-batch-size", type=_positive, metavar="N", help="prompts in a batch")
+    model.add_argument("--max-batch-tokens", type=_positive, metavar="N", help="tokens in a batch")
+    model.add_argument("--max-batch-seconds", type=float, metavar="S", help="to wait for a fuller batch")
+    model.add_argument("--torch-threads", type=_positive, metavar="N", help="of a process")
+    model.add_argument("--reload-seconds", type=float, metavar="S", help="between looks for new weights")
+
+    job = arguments.add_argument_group("job", "for --runner=DataflowRunner; see helpers.job_options")
+    job.add_argument("--max-run-minutes", type=float, metavar="M", help="drain the job after this time")
+    job.add_argument("--exactly-once", action="store_true", help="rather than at least once")
+    job.add_argument("--helpers-in-image", action="store_true", help="the workers' image has this package")
     return arguments
 
 
@@ -254,25 +293,61 @@ def _positive(text: str) -> int:
 def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult:
     """Builds the pipeline from a command line and starts it, on whatever runner Beam's options name.
 
+    On Dataflow, what a job for a language model needs is set where the command line does not: see
+    ``helpers.job_options``.
+
     Raises:
         SystemExit: the command line is not understood.
+        JobError: the job's name is in use, or there is no job of this name to update.
+        OptionError, MachineTypeError, SizingError: options or models that no worker can serve.
+        FileNotFoundError, PermissionError, StorageError: the state dict cannot be read.
     """
-    arguments, beam_arguments = parser().parse_known_args(argv)
+    command_line = parser()
+    arguments, beam_arguments = command_line.parse_known_args(argv)
+    values = vars(arguments)
+    job = {name: values.pop(name) for name in JOB_ARGUMENTS if name in values}
     options = PipelineOptions(beam_arguments)
     options.view_as(StandardOptions).streaming = True
+    if not job_options.runs_on_dataflow(options):
+        if job:
+            command_line.error(f"--{next(iter(job)).replace('_', '-')} needs --runner=DataflowRunner")
+        return _start(options, values)
+    with tempfile.TemporaryDirectory() as folder:
+        if not job.pop("helpers_in_image", False):
+            job_options.stage_helpers(options, folder)
+        sizes = {name: values[name] for name in SIZE_ARGUMENTS if name in values}
+        job_options.set_defaults(options, **sizes, **job)
+        cloud, minutes = options.view_as(GoogleCloudOptions), job.get("max_run_minutes")
+        if cloud.template_location or options.view_as(TestOptions).dry_run:
+            if minutes is not None:
+                command_line.error("--max-run-minutes is for a job that is submitted now")
+            return _start(options, values)
+        check_name(cloud)
+        result = _start(options, values)
+        if minutes is not None:
+            job_guard.start(cloud.project, cloud.region, result.job_id(), minutes)
+        return result
+
+
+def _start(options: PipelineOptions, values: dict[str, Any]) -> beam.runners.runner.PipelineResult:
     pipeline = beam.Pipeline(options=options)
-    build(pipeline, **vars(arguments))
+    build(pipeline, **values)
     return pipeline.run()
 
 
 def main(argv: Iterable[str] | None = None) -> None:
     """The command line: starts the pipeline, and waits for it where the runner is this process."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    result = run(list(argv) if argv is not None else sys.argv[1:])
-    if hasattr(result, "job_id"):
+    try:
+        result = run(list(argv) if argv is not None else sys.argv[1:])
+    except (JobError, OSError, StorageError, ValueError, GoogleAPICallError, GoogleAuthError) as error:
+        sys.exit(f"error: {error}")
+    if not hasattr(result, "job_id"):  # for a runner other than Dataflow's; with --dry_run it does nothing
+        result.wait_until_finish()
+    elif result.has_job:
         print(f"Submitted job {result.job_id()}")
     else:
-        result.wait_until_finish()
+        print("No job was submitted: the template has been written.")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """A submitted job answers messages, is drained with nothing lost, and sees only what was staged."""
 
+import subprocess
+import sys
 import uuid
 
 import pytest
 from tiny_models import save_checkpoint
 
-from helpers import dataflow, pipeline, pubsub
-from helpers.dataflow import Job, JobError, valid_job_name
+from helpers import dataflow, pubsub
+from helpers.dataflow import Job, JobError
 from helpers.load_state_dict import convert
+
+LOCATION = "us-central1"
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +39,19 @@ def topics(cloud):
 
 
 def submit(cloud, model, topics, **options) -> Job:
-    return dataflow.submit(
-        project=cloud.project,
-        location="us-central1",
-        temp_location=model[1].rpartition("/")[0] + "/temp",
-        job_name=f"test-{uuid.uuid4().hex[:8]}",
-        model_name=model[0],
-        state_dict_path=model[1],
-        responses_topic=topics["responses"],
-        messages_subscription=topics["messages-subscription"],
-        dead_letter_topic=topics["dead-letters"],
-        max_response_tokens=4,
-        **options,
-    )
+    arguments = {
+        "project": cloud.project,
+        "location": LOCATION,
+        "temp_location": model[1].rpartition("/")[0] + "/temp",
+        "job_name": f"test-{uuid.uuid4().hex[:8]}",
+        "model_name": model[0],
+        "state_dict_path": model[1],
+        "responses_topic": topics["responses"],
+        "messages_subscription": topics["messages-subscription"],
+        "dead_letter_topic": topics["dead-letters"],
+        "max_response_tokens": 4,
+    }
+    return dataflow.submit(**(arguments | options))
 
 
 def test_a_job_answers_each_message_and_is_drained_with_nothing_lost(cloud, model, topics):
@@ -55,7 +59,7 @@ def test_a_job_answers_each_message_and_is_drained_with_nothing_lost(cloud, mode
     early = pubsub.publish(topics["messages"], ["early"], origin="test")
     job = submit(cloud, model, topics)
     assert job.wait_for("RUNNING", timeout=120) == "RUNNING"
-    assert [active.job_id for active in dataflow.find_active(cloud.project, "us-central1", "test-")]
+    assert [active.job_id for active in dataflow.find_active(cloud.project, LOCATION, "test-")]
     ids = early + pubsub.publish(topics["messages"], [f"prompt {n}" for n in range(20)], origin="test")
     bad = pubsub.publish(topics["messages"], [b"\xff", b"  "], origin="test")
 
@@ -69,55 +73,226 @@ def test_a_job_answers_each_message_and_is_drained_with_nothing_lost(cloud, mode
     )
     assert all(m.attributes["error"] for m in dead)
 
+    # Looked at, as a notebook does.
+    first, *_, last = job.watch(seconds=2, every=1, subscription=topics["messages-subscription"])
+    assert (first.state, first.answers_per_second) == ("RUNNING", 0.0)
+    assert any("RUNNING" in message for message in first.messages)
+    assert not set(first.messages) & set(last.messages), "each message is told once"
+    assert last.answered == len(ids)
+    assert last.dead_letters == 2
+    assert last.backlog is None, "the local cloud has no Cloud Monitoring"
+    assert last.row()["backlog"] == "–"
+
     assert job.drain(timeout=60) == "DRAINED"
     assert job.drain() == "DRAINED", "draining a drained job changes nothing"
     counters = job.counters()
     assert (counters["models_loaded"], counters["dead_letters"]) == (1, 2)
+    assert [status.state for status in job.watch(seconds=60)] == ["DRAINED"], "there is no more to see"
     # What comes after the drain waits for the next job.
     late = pubsub.publish(topics["messages"], ["late"])
     assert [m.message_id for m in pubsub.collect(topics["messages-subscription"], 1, timeout=20)] == late
 
 
-def test_a_job_without_the_helpers_staged_fails_for_that_reason(cloud, model, topics):
+def test_the_job_as_dataflow_has_it_was_made_for_a_language_model(cloud, model, topics):
+    """Read back from the service; what each option is for is in test_job_options.py."""
+    job = submit(cloud, model, topics, image="gcr.io/test-project/worker:1", max_workers=2)
+    try:
+        described = job.describe()
+        (pool,) = described.environment.worker_pools
+        assert pool.machine_type == "n4-standard-2"
+        assert (pool.num_workers, pool.autoscaling_settings.max_num_workers) == (1, 2)
+        assert (pool.disk_size_gb, pool.num_threads_per_worker) == (30, 4)
+        assert pool.worker_harness_container_image == "gcr.io/test-project/worker:1"
+        assert "no_use_multiple_sdk_containers" in described.environment.experiments
+        assert list(described.environment.service_options) == ["streaming_mode_at_least_once"]
+        assert described.labels["series"] == "streaming-llm"
+        job.scale(1, 3)
+        assert job.describe().runtime_updatable_params.max_num_workers == 3
+        with pytest.raises(JobError, match="at least 1"):
+            job.scale(0, 3)
+    finally:
+        job.cancel(timeout=60)
+    with pytest.raises(JobError, match="stay as they are"):
+        job.scale(1, 2)
+
+
+def test_a_name_in_use_is_told_and_a_job_that_does_not_come_in_time(cloud, model, topics):
+    job = submit(cloud, model, topics, job_name="Test in use!")
+    try:
+        with pytest.raises(JobError, match=rf"test-in-use is in use by {job.job_id}: drain that job"):
+            submit(cloud, model, topics, job_name="test-in-use")
+        with pytest.raises(JobError, match=f"still .*{job.job_id}"):
+            job.wait_for("DRAINED", timeout=0)
+    finally:
+        assert job.cancel(timeout=60) == "CANCELLED"
+    assert job.drain() == "CANCELLED"
+
+
+def test_an_update_without_a_job_is_told_at_once(cloud, model, topics):
+    with pytest.raises(JobError, match="no running job of the name test-none"):
+        submit(cloud, model, topics, job_name="test-none", beam_options=["--update"])
+
+
+def test_an_option_that_nobody_knows_is_told():
+    with pytest.raises(TypeError, match="--reload-second=5"):
+        dataflow.submit(
+            project="my-project",
+            location=LOCATION,
+            temp_location="gs://bucket/temp",
+            job_name="x",
+            model_name="m",
+            state_dict_path="gs://bucket/m.pt",
+            responses_topic="projects/p/topics/t",
+            messages_subscription="projects/p/subscriptions/s",
+            reload_second=5,
+        )
+
+
+def test_an_image_without_the_helpers_fails_for_that_reason(cloud, model, topics):
     """What the worker imports came from Cloud Storage, not from this environment."""
-    result = pipeline.run(
-        [
-            f"--messages-subscription={topics['messages-subscription']}",
-            f"--responses-topic={topics['responses']}",
-            f"--state-dict-path={model[1]}",
-            f"--model-name={model[0]}",
-            "--runner=DataflowRunner",
-            f"--project={cloud.project}",
-            "--region=us-central1",
-            f"--temp_location={model[1].rpartition('/')[0]}/temp",
-            f"--job_name=bare-{uuid.uuid4().hex[:8]}",
-        ]
-    )
-    job = Job(cloud.project, "us-central1", result.job_id())
+    job = submit(cloud, model, topics, beam_options=["--helpers-in-image"])
     pubsub.publish(topics["messages"], ["Hi"])
     try:
-        with pytest.raises(JobError, match="No module named 'helpers'"):
+        with pytest.raises(JobError, match=r"No module named 'helpers'[\s\S]*build their image anew"):
             job.wait_for("DONE", timeout=90)
     finally:
         job.cancel(timeout=60)
 
 
-def test_a_job_that_does_not_come_in_time_is_told_with_its_page(cloud, model, topics):
+def test_a_topic_that_does_not_exist_fails_the_job_and_is_named(cloud, model, topics):
+    job = submit(cloud, model, topics, responses_topic=f"projects/{cloud.project}/topics/nowhere")
+    try:
+        with pytest.raises(JobError, match="nowhere"):
+            job.wait_for("DONE", timeout=90)
+    finally:
+        job.cancel(timeout=60)
+
+
+def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, topics, tmp_path):
+    other = tmp_path / "other"
+    save_checkpoint("t5_distinct", other)
+    path = model[1].replace("tiny.pt", "other.pt")
+    convert(str(other), path, progress=False)
     job = submit(cloud, model, topics)
-    with pytest.raises(JobError, match=f"still .*{job.job_id}"):
-        job.wait_for("DRAINED", timeout=0)
-    assert job.cancel(timeout=60) == "CANCELLED"
+    with pytest.raises(JobError, match="is PENDING"):
+        dataflow.update(job, model_name=str(other), state_dict_path=path, temp_location="gs://x/y",
+                        responses_topic=topics["responses"])  # fmt: skip
+    job.wait_for("RUNNING", timeout=120)
+    ids = pubsub.publish(topics["messages"], [f"prompt {n}" for n in range(10)])
+    new = dataflow.update(
+        job,
+        model_name=str(other),
+        state_dict_path=path,
+        temp_location=model[1].rpartition("/")[0] + "/temp",
+        responses_topic=topics["responses"],
+        messages_subscription=topics["messages-subscription"],
+        max_response_tokens=4,
+        timeout=120,
+    )
+    try:
+        assert job.wait_for("UPDATED", timeout=60) == "UPDATED"
+        assert job.successor() == new != job
+        after = pubsub.publish(topics["messages"], ["after"])
+        responses = pubsub.collect(topics["responses-subscription"], 11, timeout=120)
+        by_id = {m.attributes["prompt_message_id"]: m.attributes["model_name"] for m in responses}
+        assert sorted(by_id) == sorted(ids + after)
+        assert by_id[after[0]] == str(other)
+        assert new.drain(timeout=60) == "DRAINED"
+    finally:
+        new.cancel(timeout=60)
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
+def test_a_job_whose_kernel_died_is_found_and_its_guard_drains_it(cloud, model, topics):
+    """As on Google Cloud, where a job outlives the machine that submitted it."""
+    name = f"test-orphan-{uuid.uuid4().hex[:6]}"
+    kernel = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import signal, sys; from helpers import pipeline; pipeline.main(sys.argv[1:]);"
+            "print('submitted', flush=True); signal.pause()",
+            *(f"--messages-subscription={topics['messages-subscription']}",),
+            *(f"--responses-topic={topics['responses']}",),
+            *(f"--state-dict-path={model[1]}", f"--model-name={model[0]}", "--runner=DataflowRunner"),
+            *(f"--project={cloud.project}", f"--region={LOCATION}", f"--job_name={name}"),
+            *(f"--temp_location={model[1].rpartition('/')[0]}/temp", "--max-run-minutes=0.4"),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert "Submitted job" in kernel.stdout.readline()
+        assert kernel.stdout.readline() == "submitted\n"
+    finally:
+        kernel.kill()
+        kernel.wait()
+        kernel.stdout.close()
+    (found,) = [one for one in dataflow.list_series(cloud.project, LOCATION) if one.name == name]
+    assert not found.overdue
+    assert found.row()["name"] == name
+    # Nobody drains it but the guard.
+    assert found.job.wait_for("DRAINED", "CANCELLED", timeout=90) in ("DRAINED", "CANCELLED")
+
+
+def test_jobs_of_this_series_are_listed_and_reaped(cloud, model, topics, capsys):
+    job = submit(cloud, model, topics, beam_options=["--labels=drain_after=1"])
+    where = ["--project", cloud.project, "--region", LOCATION]
+    assert dataflow.main(["list", *where]) == 0
+    assert "overdue=yes" in capsys.readouterr().out
+    assert dataflow.main(["reap", *where, "--overdue"]) == 0
+    assert job.job_id in capsys.readouterr().out
+    assert job.state() in ("DRAINED", "CANCELLED")
+    assert dataflow.main(["list", *where]) == 0
+    assert job.job_id not in capsys.readouterr().out
+    assert dataflow.main(["drain", *where, "no-such-job"]) == 2
+    assert "no-such-job does not exist" in capsys.readouterr().err
+
+
+PUBLISHED = """
+import subprocess, sys
+from helpers import dataflow, pubsub
+from helpers.load_state_dict import convert
+from google.cloud import storage
+
+checkpoint, project, bucket, location = sys.argv[1], "test-project", "published", "us-central1"
+storage.Client(project=project).create_bucket(bucket)
+model_name = checkpoint
+state_dict_path = f"gs://{bucket}/run-inference/tiny.pt"
+convert(checkpoint, state_dict_path, progress=False)
+messages, responses = (pubsub.create_topic(project, name) for name in ("messages", "responses"))
+answers = pubsub.create_subscription(responses, "answers")
+subprocess.run(
     [
-        ("ask-google/flan-t5-small-1", "ask-google-flan-t5-small-1"),
-        ("Load It!", "load-it"),
-        ("7 dwarfs", "job-7-dwarfs"),
-        ("x" * 70, "x" * 63),
-        ("/", "job"),
+        sys.executable, "-m", "helpers.pipeline",
+        f"--messages-topic={messages}",
+        f"--responses-topic={responses}",
+        f"--state-dict-path={state_dict_path}",
+        f"--model-name={model_name}",
+        "--runner=DataflowRunner",
+        f"--project={project}",
+        f"--temp_location=gs://{bucket}/temp",
+        f"--region={location}",
+        "--machine_type=n2-highmem-2",
     ],
+    check=True,
 )
-def test_job_names_become_valid(text, name):
-    assert valid_job_name(text) == name
+(job,) = dataflow.list_series(project, location)
+job.job.wait_for("RUNNING", timeout=120)
+ids = pubsub.publish(messages, ["What is streaming?", "What is a model?"])
+found = pubsub.collect(answers, 2, timeout=120)
+assert sorted(m.attributes["prompt_message_id"] for m in found) == sorted(ids)
+assert subprocess.run(
+    [sys.executable, "-m", "helpers.dataflow", "drain", "--project", project, "--region", location, job.name]
+).returncode == 0
+print("answered and", job.job.state())
+"""
+
+
+def test_the_published_command_works_with_its_flags_as_they_stand(tmp_path):
+    save_checkpoint("t5_distinct", tmp_path / "flan-t5-tiny")
+    command = [sys.executable, "-m", "helpers.local_cloud", "--dir", str(tmp_path / "cloud")]
+    command += ["--project", "test-project", "--offline"]
+    command += [sys.executable, "-c", PUBLISHED, str(tmp_path / "flan-t5-tiny")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "answered and DRAINED" in done.stdout

@@ -1,0 +1,311 @@
+"""A job on Dataflow: its state, its messages, its figures, and its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from google.api_core.exceptions import FailedPrecondition, GoogleAPICallError
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import dataflow_v1beta3 as dataflow
+from google.protobuf.field_mask_pb2 import FieldMask
+
+POLL_SECONDS = 1.0
+TERMINAL = {"DONE", "FAILED", "CANCELLED", "DRAINED", "UPDATED"}
+Importance = dataflow.JobMessageImportance
+
+# What a worker without the package says, and what to do about it.
+MISSING_PACKAGE = "No module named"
+MISSING_PACKAGE_HINT = (
+    "The workers lack a package: build their image anew (helpers.worker_image), or leave out "
+    "--sdk_container_image and --helpers-in-image, so that the workers install what they need."
+)
+
+
+class JobError(RuntimeError):
+    """A job that failed, or did not come where it should in time; the message says what to look at."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """A job at a moment.
+
+    Attributes:
+        seconds: since the watching began.
+        state: for instance RUNNING.
+        vcpus: of all its workers; None where Dataflow does not say.
+        backlog: messages that wait in the subscription; None where Cloud Monitoring does not say. It is a
+            minute or two old.
+        answered: prompts that were answered since the job began, by the workers' reports.
+        answers_per_second, tokens_per_second: since the last status.
+        dead_letters: messages that went to the dead-letter topic since the job began.
+        messages: of the job, new since the last status, oldest first.
+    """
+
+    seconds: float
+    state: str
+    vcpus: int | None = None
+    backlog: int | None = None
+    answered: int = 0
+    answers_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    dead_letters: int = 0
+    messages: list[str] = field(default_factory=list)
+
+    def row(self) -> dict[str, object]:
+        """As a row of a table."""
+        unknown = "–"
+        return {
+            "seconds": round(self.seconds, 1),
+            "state": self.state,
+            "vCPUs": unknown if self.vcpus is None else self.vcpus,
+            "backlog": unknown if self.backlog is None else self.backlog,
+            "answered": self.answered,
+            "answers/s": round(self.answers_per_second, 2),
+            "tokens/s": round(self.tokens_per_second, 1),
+            "dead letters": self.dead_letters,
+            "messages": "\n".join(self.messages),
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job on Dataflow."""
+
+    project: str
+    location: str
+    job_id: str
+
+    @property
+    def url(self) -> str:
+        """The job's page in the Google Cloud console."""
+        page = f"https://console.cloud.google.com/dataflow/jobs/{self.location}/{self.job_id}"
+        return f"{page}?project={self.project}"
+
+    def describe(self, timeout: float = 60) -> dataflow.Job:
+        """All that Dataflow knows of the job: its environment, labels and options.
+
+        Args:
+            timeout: seconds to wait for the answer.
+        """
+        request = dataflow.GetJobRequest(
+            project_id=self.project,
+            location=self.location,
+            job_id=self.job_id,
+            view=dataflow.JobView.JOB_VIEW_ALL,
+        )
+        return dataflow.JobsV1Beta3Client().get_job(request=request, timeout=timeout)
+
+    def state(self, timeout: float = 60) -> str:
+        """For instance PENDING, RUNNING, DRAINING, DRAINED, FAILED, CANCELLED or UPDATED."""
+        request = dataflow.GetJobRequest(project_id=self.project, location=self.location, job_id=self.job_id)
+        job = dataflow.JobsV1Beta3Client().get_job(request=request, timeout=timeout)
+        return job.current_state.name.removeprefix("JOB_STATE_")
+
+    def successor(self) -> Job | None:
+        """The job that has taken this one's place by an update, if one has."""
+        job_id = self.describe().replaced_by_job_id
+        return Job(self.project, self.location, job_id) if job_id else None
+
+    def wait_for(self, *states: str, timeout: float = 600) -> str:
+        """Waits until the job is in one of the states.
+
+        Args:
+            states: names as ``state`` gives them.
+            timeout: seconds.
+
+        Returns:
+            The state that the job is in.
+
+        Raises:
+            JobError: the job ended in another state, or the time is over.
+        """
+        deadline = time.monotonic() + timeout
+        while (state := self.state()) not in states:
+            if state in TERMINAL:
+                raise JobError(f"The job ended as {state}. {self._why()}\nSee {self.url}")
+            if time.monotonic() > deadline:
+                raise JobError(
+                    f"After {timeout:.0f} s the job is still {state}, not {' or '.join(states)}. It goes on: "
+                    f"look at {self.url}, wait longer, or cancel it."
+                )
+            time.sleep(POLL_SECONDS)
+        return state
+
+    def messages(self, minimum: Importance = Importance.JOB_MESSAGE_BASIC) -> list[dataflow.JobMessage]:
+        """The job's messages of some importance, oldest first."""
+        request = dataflow.ListJobMessagesRequest(
+            project_id=self.project,
+            location=self.location,
+            job_id=self.job_id,
+            minimum_importance=minimum,
+        )
+        found = dataflow.MessagesV1Beta3Client().list_job_messages(request)
+        return sorted(found, key=lambda message: (message.time, message.id))
+
+    def errors(self) -> list[str]:
+        """The job's error messages, oldest first."""
+        return [message.message_text for message in self.messages(Importance.JOB_MESSAGE_ERROR)]
+
+    def counters(self) -> dict[str, int]:
+        """The pipeline's own counters, for instance ``response_tokens``, summed over its steps."""
+        return self._metrics()[0]
+
+    def watch(
+        self, *, seconds: float, every: float = 5.0, subscription: str | None = None
+    ) -> Iterator[Status]:
+        """Looks at the job now and then, until it has ended or the time is over.
+
+        Args:
+            seconds: how long at most.
+            every: seconds from one look to the next.
+            subscription: the path of the one that the job reads, for its backlog.
+
+        Yields:
+            How the job is; at least once.
+        """
+        began = time.monotonic()
+        told: set[str] = set()
+        answered, tokens, then = 0, 0, None
+        while True:
+            state = self.state()
+            counters, vcpus = self._metrics()
+            now = time.monotonic()
+            now_answered = counters.get("num_inferences", 0) - counters.get("failed_prompts", 0)
+            now_tokens = counters.get("response_tokens", 0)
+            passed = 0.0 if then is None else now - then
+            new = [message for message in self.messages() if message.id not in told]
+            told.update(message.id for message in new)
+            yield Status(
+                seconds=now - began,
+                state=state,
+                vcpus=vcpus,
+                backlog=backlog(subscription) if subscription else None,
+                answered=now_answered,
+                answers_per_second=(now_answered - answered) / passed if passed else 0.0,
+                tokens_per_second=(now_tokens - tokens) / passed if passed else 0.0,
+                dead_letters=counters.get("dead_letters", 0),
+                messages=[message.message_text for message in new],
+            )
+            answered, tokens, then = now_answered, now_tokens, now
+            left = began + seconds - time.monotonic()
+            if state in TERMINAL or left <= 0:
+                return
+            time.sleep(min(every, left))
+
+    def scale(self, least: int, most: int) -> None:
+        """Changes, while the job runs, between how many workers it may choose.
+
+        Raises:
+            JobError: the job does not run, or the numbers make no sense.
+        """
+        if not 1 <= least <= most:
+            raise JobError(f"From {least} to {most} workers: give at least 1, and no more than the most.")
+        job = dataflow.Job(
+            id=self.job_id,
+            runtime_updatable_params=dataflow.RuntimeUpdatableParams(
+                min_num_workers=least, max_num_workers=most
+            ),
+        )
+        request = dataflow.UpdateJobRequest(
+            project_id=self.project,
+            location=self.location,
+            job_id=self.job_id,
+            job=job,
+            update_mask=FieldMask(
+                paths=[f"runtime_updatable_params.{name}_num_workers" for name in ("min", "max")]
+            ),
+        )
+        try:
+            dataflow.JobsV1Beta3Client().update_job(request)
+        except FailedPrecondition as error:
+            raise JobError(f"The workers of {self.job_id} stay as they are: {error.message}") from error
+
+    def drain(self, timeout: float = 900) -> str:
+        """Stops reading, finishes what was read, and waits until that is done; returns the last state.
+
+        What is still in the subscription stays there, for the next job. A job that has ended stays as it is.
+
+        Raises:
+            JobError: the job failed, or is not drained in time.
+        """
+        return self._stop("DRAINED", timeout)
+
+    def cancel(self, timeout: float = 300) -> str:
+        """Stops at once, and returns the last state. Pub/Sub delivers again what was not answered."""
+        return self._stop("CANCELLED", timeout)
+
+    def request(self, state: str) -> None:
+        """Asks Dataflow to bring the job into a state, DRAINED or CANCELLED, and does not wait.
+
+        Raises:
+            google.api_core.exceptions.FailedPrecondition: it has ended already.
+        """
+        job = dataflow.Job(id=self.job_id, requested_state=dataflow.JobState[f"JOB_STATE_{state}"])
+        request = dataflow.UpdateJobRequest(
+            project_id=self.project, location=self.location, job_id=self.job_id, job=job
+        )
+        dataflow.JobsV1Beta3Client().update_job(request)
+
+    def _stop(self, state: str, timeout: float) -> str:
+        try:
+            if (now := self.state()) in TERMINAL:
+                return now
+            self.request(state)
+        except FailedPrecondition:
+            if (now := self.state()) in TERMINAL:  # it ended just then
+                return now
+            raise
+        return self.wait_for(state, "DONE", timeout=timeout)
+
+    def _why(self) -> str:
+        errors = "\n".join(self.errors()[-3:])
+        hint = f"\n{MISSING_PACKAGE_HINT}" if MISSING_PACKAGE in errors else ""
+        return (errors or "It left no error.") + hint
+
+    def _metrics(self) -> tuple[dict[str, int], int | None]:
+        """The pipeline's counters, and the number of vCPUs in use."""
+        request = dataflow.GetJobMetricsRequest(
+            project_id=self.project, location=self.location, job_id=self.job_id
+        )
+        totals: dict[str, int] = {}
+        vcpus = None
+        for metric in dataflow.MetricsV1Beta3Client().get_job_metrics(request).metrics:
+            name = metric.name
+            if "tentative" in name.context:
+                continue
+            if name.origin == "user" and metric.kind == "Sum":
+                totals[name.name] = totals.get(name.name, 0) + int(metric.scalar)
+            elif name.name == "CurrentVcpuCount":
+                vcpus = int(metric.scalar)
+        return totals, vcpus
+
+
+def backlog(subscription: str) -> int | None:
+    """How many messages wait in a subscription, as Cloud Monitoring counted last; None where it cannot say.
+
+    Pub/Sub itself does not tell. Cloud Monitoring does, once a minute; the local cloud has none.
+
+    Args:
+        subscription: ``projects/P/subscriptions/S``.
+    """
+    try:
+        from google.cloud import monitoring_v3
+    except ImportError:  # comes with Beam's [gcp] extra today, by way of its other clients
+        return None
+    _, project, _, name = subscription.split("/")
+    now = datetime.now(UTC)
+    request = monitoring_v3.ListTimeSeriesRequest(
+        name=f"projects/{project}",
+        filter='metric.type = "pubsub.googleapis.com/subscription/num_undelivered_messages" AND '
+        f'resource.labels.subscription_id = "{name}"',
+        interval=monitoring_v3.TimeInterval(start_time=now - timedelta(minutes=5), end_time=now),
+    )
+    try:
+        series = monitoring_v3.MetricServiceClient().list_time_series(request, timeout=10, retry=None)
+        points = [point for one in series for point in one.points]
+    except (GoogleAPICallError, GoogleAuthError):
+        return None
+    return max(points, key=lambda point: point.interval.end_time).value.int64_value if points else None

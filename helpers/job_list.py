@@ -1,0 +1,149 @@
+"""The jobs that these notebooks started, found again by their label, and stopped."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+
+from apache_beam.options.pipeline_options import GoogleCloudOptions
+from google.api_core.exceptions import NotFound
+from google.cloud import dataflow_v1beta3 as dataflow
+
+from helpers.dataflow_job import Job, JobError
+from helpers.job_options import DRAIN_LABEL, SERIES
+
+
+@dataclass(frozen=True)
+class ListedJob:
+    """A job under way.
+
+    Attributes:
+        job: to watch, drain or cancel.
+        name: its name, which no other active job of the region has.
+        state: for instance RUNNING.
+        labels: those it was submitted with.
+        created: when it was submitted.
+    """
+
+    job: Job
+    name: str
+    state: str
+    labels: dict[str, str]
+    created: datetime
+
+    @property
+    def of_this_series(self) -> bool:
+        return SERIES.items() <= self.labels.items()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the time is over that it was given when it was submitted."""
+        drain_after = self.labels.get(DRAIN_LABEL, "")
+        return drain_after.isdigit() and time.time() > int(drain_after)
+
+    def row(self) -> dict[str, object]:
+        """As a row of a table."""
+        minutes = (time.time() - self.created.timestamp()) / 60
+        return {
+            "name": self.name,
+            "state": self.state,
+            "minutes": round(minutes, 1),
+            "overdue": "yes" if self.overdue else "",
+            "job": self.job.job_id,
+        }
+
+
+def list_active(project: str, location: str) -> list[ListedJob]:
+    """The jobs under way, of any origin, youngest first.
+
+    Args:
+        project: the id of the Google Cloud project.
+        location: the region.
+    """
+    client = dataflow.JobsV1Beta3Client()
+    request = dataflow.ListJobsRequest(
+        project_id=project, location=location, filter=dataflow.ListJobsRequest.Filter.ACTIVE
+    )
+    found = []
+    try:
+        for summary in client.list_jobs(request, timeout=60):
+            job = Job(project, location, summary.id)
+            # Dataflow's list is of summaries, which may come without labels.
+            labels = dict(summary.labels) or dict(job.describe().labels)
+            state = summary.current_state.name.removeprefix("JOB_STATE_")
+            found.append(ListedJob(job, summary.name, state, labels, summary.create_time))
+    except NotFound:  # nothing was ever submitted there
+        return []
+    return sorted(found, key=lambda listed: listed.created, reverse=True)
+
+
+def list_series(project: str, location: str) -> list[ListedJob]:
+    """The jobs under way that these notebooks started: left, perhaps, by a kernel that died."""
+    return [listed for listed in list_active(project, location) if listed.of_this_series]
+
+
+def find_active(project: str, location: str, prefix: str) -> list[Job]:
+    """The jobs under way whose name begins with ``prefix``: left, perhaps, by an earlier run."""
+    return [listed.job for listed in list_active(project, location) if listed.name.startswith(prefix)]
+
+
+def find_name(project: str, location: str, name: str) -> Job | None:
+    """The job under way of exactly this name, if there is one."""
+    return next((one.job for one in list_active(project, location) if one.name == name), None)
+
+
+def check_name(options: GoogleCloudOptions) -> None:
+    """Looks whether a job can be submitted under its name, before anything is staged.
+
+    Beam itself finds a name in use only at the end of the submission, and asks without end for the job to
+    update where there is none.
+
+    Raises:
+        JobError: the name is in use, or there is no running job of this name to update.
+    """
+    if not options.project or not options.region or options.template_location:
+        return  # Beam says what is missing; a template is no job
+    active = {one.name: one for one in list_active(options.project, options.region)}
+    other = active.get(options.job_name)
+    if options.update and (other is None or other.state != "RUNNING"):
+        raise JobError(
+            f"There is no running job of the name {options.job_name} in {options.region} to update: leave "
+            f"--update out, or give the name of one of these: {', '.join(active) or '(none is active)'}."
+        )
+    if other and not options.update:
+        raise JobError(
+            f"The job name {options.job_name} is in use by {other.job.job_id}: drain that job, update it, or "
+            f"give this one another name. Its page: {other.job.url}"
+        )
+
+
+def reap(
+    project: str, location: str, *, overdue_only: bool = False, timeout: float = 900
+) -> list[tuple[ListedJob, str]]:
+    """Drains the jobs under way that these notebooks started, and waits until they have ended.
+
+    Args:
+        project: the id of the Google Cloud project.
+        location: the region.
+        overdue_only: only those whose time is over.
+        timeout: seconds for all of them; what is not drained by then goes on draining.
+
+    Returns:
+        Each job, and the state that it is in.
+    """
+    jobs = [one for one in list_series(project, location) if one.overdue or not overdue_only]
+    for listed in jobs:
+        if listed.state == "RUNNING":
+            listed.job.request("DRAINED")
+        elif listed.state not in ("DRAINING", "CANCELLING"):
+            listed.job.request("CANCELLED")  # it has not begun, and has nothing to finish
+    deadline = time.monotonic() + timeout
+    ended = []
+    for listed in jobs:
+        try:
+            left = max(0.0, deadline - time.monotonic())
+            ended.append((listed, listed.job.wait_for("DRAINED", "CANCELLED", "DONE", timeout=left)))
+        except JobError:
+            ended.append((listed, listed.job.state()))
+    return ended

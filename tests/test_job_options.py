@@ -1,0 +1,243 @@
+"""What is submitted to Dataflow: each option a reviewer would want to see, for CPU and for GPU.
+
+The jobs are captured as templates, which Beam builds and stages as it does what it submits.
+"""
+
+import importlib.metadata
+import json
+import time
+from pathlib import Path
+
+import pytest
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+
+from helpers import pipeline
+from helpers.job_options import OptionError, disk_gb, label_value, set_defaults, valid_job_name
+from helpers.manifest import Manifest
+from helpers.model_configs import __path__ as CONFIGS
+
+GB = 10**9
+
+
+def state_dict(folder: Path, name: str, size: int, dtype: str = "float16") -> str:
+    """The path of a state dict of a real model's size, as far as a submission looks at it."""
+    companion = folder / Path(name).name
+    companion.mkdir(parents=True)
+    config = Path(CONFIGS[0]) / f"{name.replace('/', '--')}.json"
+    (companion / "config.json").write_bytes(config.read_bytes())
+    manifest = Manifest(model_name=name, dtype=dtype, parameters=size // 2, bytes=size, crc32c="AAAAAA==")
+    (companion / "manifest.json").write_text(manifest.to_json())
+    return f"{companion}.pt"
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory) -> str:
+    return state_dict(tmp_path_factory.mktemp("xl"), "google/flan-t5-xl", int(5.7 * GB))
+
+
+def published_command(path: str, *more: str) -> list[str]:
+    """The published sample's flags, without the machine type."""
+    return [
+        "--messages-topic=projects/my-project/topics/messages",
+        "--responses-topic=projects/my-project/topics/responses",
+        f"--state-dict-path={path}",
+        "--model-name=google/flan-t5-xl",
+        "--runner=DataflowRunner",
+        "--project=my-project",
+        "--region=us-central1",
+        *more,
+    ]
+
+
+@pytest.fixture
+def capture(xl, bucket, tmp_path):
+    """Gives the job, as JSON, that a command line would submit."""
+
+    def capture(*more: str, path: str = xl) -> dict:
+        template = tmp_path / "job.json"
+        places = [f"--temp_location=gs://{bucket.name}/temp", f"--template_location={template}"]
+        assert not pipeline.run([*published_command(path), *places, *more]).has_job
+        return json.loads(template.read_text())
+
+    return capture
+
+
+def pool(job: dict) -> dict:
+    (pool,) = job["environment"]["workerPools"]
+    return pool
+
+
+def test_a_cpu_job_has_what_a_language_model_needs(capture):
+    job = capture()
+    assert job["type"] == "JOB_TYPE_STREAMING"
+    workers, experiments = pool(job), job["environment"]["experiments"]
+    # The machine is sizing's: xl's 5.7 GB of weights, batches of 32, in bfloat16.
+    assert workers["machineType"] == "n4-highmem-2"
+    # One process, one model a machine.
+    assert "no_use_multiple_sdk_containers" in experiments
+    assert "use_multiple_sdk_containers" not in experiments
+    assert workers["numThreadsPerWorker"] == 4
+    assert {"enable_streaming_engine", "enable_windmill_service"} <= set(experiments)
+    assert job["environment"]["serviceOptions"] == ["streaming_mode_at_least_once"]
+    assert (workers["numWorkers"], workers["autoscalingSettings"]["maxNumWorkers"]) == (1, 4)
+    # 25 GB for the system, and three times 5.7 GB: as it comes, and twice as it is served.
+    assert workers["diskSizeGb"] == 50
+    assert job["labels"] == {"series": "streaming-llm", "step": "deploy", "model": "flan-t5-xl"}
+    # The image is Beam's own, of this Beam and this Python.
+    assert workers["workerHarnessContainerImage"].endswith(f":{pipeline.beam.__version__}")
+    assert job["name"].startswith("ask-flan-t5-xl-")
+
+
+def test_a_gpu_job_names_its_accelerator_and_its_driver(capture):
+    job = capture("--device=cuda")
+    workers = pool(job)
+    assert workers["machineType"] == "g2-standard-4"
+    assert job["environment"]["serviceOptions"] == [
+        "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver",
+        "streaming_mode_at_least_once",
+    ]
+    assert "no_use_multiple_sdk_containers" in job["environment"]["experiments"]
+    assert workers["diskSizeGb"] == 50
+    assert job["labels"]["series"] == "streaming-llm"
+    assert (workers["numWorkers"], workers["autoscalingSettings"]["maxNumWorkers"]) == (1, 4)
+
+
+def test_a_model_that_is_too_large_for_one_gpu_gets_a_larger_one(tmp_path, capture):
+    xxl = state_dict(tmp_path, "google/flan-t5-xxl", int(22.27 * GB))
+    job = capture("--device=cuda", path=xxl)
+    assert pool(job)["machineType"] == "a2-ultragpu-1g"
+    assert (
+        "worker_accelerator=type:nvidia-a100-80gb;count:1;install-nvidia-driver"
+        in (job["environment"]["serviceOptions"])
+    )
+
+
+def test_a_gpu_machine_has_its_gpu_also_without_a_device(capture):
+    options = capture("--machine_type=g2-standard-24")["environment"]["serviceOptions"]
+    assert "worker_accelerator=type:nvidia-l4;count:2;install-nvidia-driver" in options
+    options = capture("--machine_type=g2-standard-24", "--device=cpu")["environment"]["serviceOptions"]
+    assert options == ["streaming_mode_at_least_once"]
+
+
+def test_a_gpu_on_a_machine_without_one_is_an_error_that_says_what_to_name(capture):
+    with pytest.raises(OptionError, match="worker_accelerator=type:"):
+        capture("--device=cuda", "--machine_type=n1-standard-8")
+    own = "worker_accelerator=type:nvidia-tesla-t4;count:1;install-nvidia-driver:5xx"
+    job = capture("--device=cuda", "--machine_type=n1-standard-8", f"--dataflow_service_options={own}")
+    assert job["environment"]["serviceOptions"] == [own, "streaming_mode_at_least_once"]
+
+
+def test_what_the_user_gives_is_kept_and_merged(capture):
+    job = capture(
+        "--machine_type=n2-highmem-2",
+        "--experiments=shuffle_mode=auto",
+        "--experiments=use_multiple_sdk_containers",
+        "--number_of_worker_harness_threads=2",
+        "--dataflow_service_options=enable_google_cloud_profiler",
+        "--disk_size_gb=77",
+        "--num_workers=6",
+        "--labels=team=search",
+        "--labels=step=try",
+        "--job_name=mine",
+        "--sdk_container_image=gcr.io/p/worker:1",
+        "--service_account_email=worker@p.iam.gserviceaccount.com",
+    )
+    workers, environment = pool(job), job["environment"]
+    assert workers["machineType"] == "n2-highmem-2"
+    assert {"shuffle_mode=auto", "use_multiple_sdk_containers"} <= set(environment["experiments"])
+    assert "no_use_multiple_sdk_containers" not in environment["experiments"]
+    assert workers["numThreadsPerWorker"] == 2
+    assert environment["serviceOptions"] == ["enable_google_cloud_profiler", "streaming_mode_at_least_once"]
+    assert workers["diskSizeGb"] == 77
+    assert (workers["numWorkers"], workers["autoscalingSettings"]["maxNumWorkers"]) == (6, 6)
+    assert job["labels"] == {
+        "series": "streaming-llm", "step": "try", "model": "flan-t5-xl", "team": "search"
+    }  # fmt: skip
+    assert job["name"] == "mine"
+    assert workers["workerHarnessContainerImage"] == "gcr.io/p/worker:1"
+    assert environment["serviceAccountEmail"] == "worker@p.iam.gserviceaccount.com"
+
+
+def test_exactly_once_is_dataflows_own_default(capture):
+    assert "serviceOptions" not in capture("--exactly-once")["environment"]
+    own = capture("--dataflow_service_options=streaming_mode_exactly_once")["environment"]
+    assert own["serviceOptions"] == ["streaming_mode_exactly_once"]
+
+
+def test_a_fixed_number_of_workers_has_no_bound_beside_it(capture):
+    workers = pool(capture("--autoscaling_algorithm=NONE", "--num_workers=2"))
+    assert workers["numWorkers"] == 2
+    assert "maxNumWorkers" not in workers["autoscalingSettings"]
+
+
+def test_the_time_a_job_is_given_is_written_on_it(xl):
+    options = PipelineOptions(["--machine_type=n4-standard-2"])
+    before = time.time()
+    set_defaults(options, model_name="google/flan-t5-xl", state_dict_path=xl, max_run_minutes=10)
+    *_, label = options.view_as(GoogleCloudOptions).labels
+    name, drain_after = label.split("=")
+    assert name == "drain_after"
+    assert before + 600 <= int(drain_after) <= time.time() + 601
+
+
+def test_the_helpers_are_sent_along_unless_the_image_has_them(xl):
+    def staged(*more: str) -> list[str]:
+        places = ["--temp_location=gs://some-bucket/temp", "--dry_run=True"]
+        result = pipeline.run([*published_command(xl), *places, *more])
+        (environment,) = (
+            environment
+            for environment in result.job.proto_pipeline.components.environments.values()
+            if environment.dependencies
+        )
+        return [artifact.role_payload.decode(errors="replace") for artifact in environment.dependencies]
+
+    wheel = f"streaming_llm_helpers-{importlib.metadata.version('streaming-llm-helpers')}"
+    assert any(wheel in name for name in staged())
+    assert not any(
+        wheel in name for name in staged("--helpers-in-image", "--sdk_container_image=gcr.io/p/w:1")
+    )
+
+
+def test_the_disk_holds_the_state_dict_as_it_is_computed_in():
+    manifest = Manifest("m", "float16", 1, 20 * GB, "")
+    assert disk_gb(manifest, "n4-standard-8") == 90  # bfloat16: 25 + 3 × 20
+    assert disk_gb(manifest, "n2-standard-8") == 130  # float32: 25 + 5 × 20
+    assert disk_gb(Manifest("m", "float16", 1, 10**6, ""), "n4-standard-2") == 30
+
+
+def test_what_is_for_dataflow_alone_is_refused_elsewhere(capsys):
+    with pytest.raises(SystemExit):
+        pipeline.run(
+            [
+                "--messages-topic=projects/my-project/topics/m",
+                "--responses-topic=projects/my-project/topics/r",
+                "--state-dict-path=x.pt",
+                "--model-name=m",
+                "--max-run-minutes=5",
+            ]
+        )
+    assert "--max-run-minutes needs --runner=DataflowRunner" in capsys.readouterr().err
+
+
+def test_a_state_dict_that_is_not_there_is_told_before_anything_is_submitted(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*manifest.json does not exist: .*load_state_dict"):
+        pipeline.main(published_command(str(tmp_path / "none.pt")))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("ask-google/flan-t5-small-1", "ask-google-flan-t5-small-1"),
+        ("Load It!", "load-it"),
+        ("7 dwarfs", "job-7-dwarfs"),
+        ("x" * 70, "x" * 63),
+        ("/", "job"),
+    ],
+)
+def test_job_names_become_valid(text, name):
+    assert valid_job_name(text) == name
+
+
+def test_label_values_become_valid():
+    assert label_value("google/FLAN-t5.xl ") == "google-flan-t5-xl"
+    assert len(label_value("x" * 99)) == 63
