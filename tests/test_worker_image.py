@@ -1,0 +1,117 @@
+"""The workers' image: everything that names a version agrees, and what cannot be built is told."""
+
+import gzip
+import io
+import re
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+
+import apache_beam
+import pytest
+from google.cloud.devtools import cloudbuild_v1
+from packaging.requirements import Requirement
+
+from helpers.worker_image import (
+    WORKER,
+    ImageError,
+    build_image,
+    build_request,
+    main,
+    requirements,
+    source_archive,
+)
+
+REPOSITORY = Path(__file__).parents[1]
+CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text()
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+DOCKERFILE = (WORKER / "Dockerfile").read_text()
+REQUIREMENTS = (WORKER / "requirements.txt").read_text()
+
+
+def pins(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, re.MULTILINE))
+
+
+def argument(name: str) -> str:
+    (value,) = re.findall(rf"^ARG {name}=(\S*)$", DOCKERFILE, re.MULTILINE)
+    return value
+
+
+def test_the_requirements_are_those_of_the_constraints():
+    assert requirements(PROJECT["dependencies"], CONSTRAINTS) == REQUIREMENTS, (
+        "run: python -m helpers.worker_image requirements pyproject.toml constraints.txt "
+        "> helpers/worker/requirements.txt"
+    )
+    tested = {name.lower().replace("_", "-"): version for name, version in pins(CONSTRAINTS).items()}
+    assert pins(REQUIREMENTS).items() <= tested.items()
+
+
+def test_the_image_has_every_dependency_of_the_helpers_in_its_range():
+    versions = pins(REQUIREMENTS)
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        assert versions[requirement.name] in requirement.specifier
+
+
+def test_the_image_is_of_the_beam_and_the_python_that_submit():
+    assert argument("BEAM_VERSION") == pins(CONSTRAINTS)["apache-beam"]
+    (python,) = re.findall(r"tested together on Python (\d+\.\d+)", CONSTRAINTS)
+    assert argument("PYTHON_VERSION") == python
+    assert sys.version_info >= tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
+    # What runs these tests is what make installs, or the pickles of this test run say nothing of the image.
+    if f"{sys.version_info[0]}.{sys.version_info[1]}" == python:
+        assert argument("BEAM_VERSION") == apache_beam.__version__
+    assert "FROM apache/beam_python${PYTHON_VERSION}_sdk:${BEAM_VERSION}" in DOCKERFILE
+
+
+def test_the_image_brings_neither_beam_nor_cuda_along():
+    assert "apache-beam" not in pins(REQUIREMENTS)
+    assert not [name for name in pins(REQUIREMENTS) if re.match("nvidia|cuda|triton", name)]
+
+
+def test_a_missing_constraint_is_told():
+    with pytest.raises(ImageError, match="no nonesuch"):
+        requirements(["nonesuch>=1"], CONSTRAINTS)
+
+
+def test_extras_bring_what_they_need():
+    assert "cryptography==" in requirements(["google-auth[requests,pyopenssl]"], CONSTRAINTS)
+
+
+def test_the_build_has_what_the_dockerfile_copies():
+    plain = io.BytesIO(gzip.decompress(source_archive()))
+    with tarfile.open(fileobj=plain) as archive:
+        assert set(re.findall(r"^COPY (\S+)", DOCKERFILE, re.MULTILINE)) < set(archive.getnames())
+        assert archive.extractfile("Dockerfile").read().decode() == DOCKERFILE
+    assert source_archive() == source_archive()
+
+
+def test_the_build_is_one_that_cloud_build_takes():
+    request = build_request("b", "s.tar.gz", "i:1", {"VARIANT": "gpu", "TORCH_INDEX_URL": ""}, 30)
+    build = cloudbuild_v1.Build(request)
+    assert (build.source.storage_source.bucket, build.source.storage_source.object_) == ("b", "s.tar.gz")
+    (step,) = build.steps
+    assert list(step.args) == [
+        "build", "--build-arg=VARIANT=gpu", "--build-arg=TORCH_INDEX_URL=", "--tag=i:1", "."
+    ]  # fmt: skip
+    assert list(build.images) == ["i:1"]
+    assert build.timeout.total_seconds() == 1800
+    given = {name for name in ("VARIANT", "TORCH_INDEX_URL") if f"ARG {name}=" in DOCKERFILE}
+    assert given == {"VARIANT", "TORCH_INDEX_URL"}
+
+
+def test_a_cpu_image_wants_a_torch_without_cuda(capsys):
+    with pytest.raises(ImageError, match=r"pytorch\.org/get-started"):
+        build_image(project="p", location="us-central1", bucket="b")
+    with pytest.raises(ImageError, match="choose one of cpu, gpu"):
+        build_image(project="p", location="us-central1", bucket="b", variant="tpu")
+    assert main(["build", "--project=p", "--region=r", "--bucket=b"]) == 2
+    assert "error: The CPU image needs" in capsys.readouterr().err
+
+
+def test_the_local_cloud_says_that_it_builds_no_images(cloud, bucket):
+    with pytest.raises(ImageError, match="Submit the job without one"):
+        build_image(project=cloud.project, location="us-central1", bucket=bucket.name, variant="gpu")
+    assert not list(bucket.list_blobs()), "nothing of it stays in the bucket"
