@@ -41,7 +41,8 @@ DRAIN_LABEL = "drain_after"
 MAX_WORKERS = 4
 # A model answers one batch at a time. Further threads read, write and gather the next ones meanwhile.
 HARNESS_THREADS = 4
-PROMPT_TOKENS = 512  # that a machine is chosen for; longer prompts go in smaller batches
+# That a machine is chosen for, with the handler's own batches; longer prompts go in smaller ones.
+WORKLOAD = {"batch_size": 32, "prompt_tokens": 512, "response_tokens": 256}
 MINIMUM_DISK_GB = 30
 DISK_STEP_GB = 10
 ACCELERATOR = "worker_accelerator"
@@ -88,7 +89,9 @@ def set_defaults(
     manifest = read_manifest(state_dict_path)
     worker = options.view_as(WorkerOptions)
     if not worker.machine_type:
-        batch_size = min(max_batch_size, max_batch_tokens // (PROMPT_TOKENS + max_response_tokens))
+        batch_size = min(
+            max_batch_size, max_batch_tokens // (WORKLOAD["prompt_tokens"] + max_response_tokens)
+        )
         sizing = size_for_serving(
             state_dict_path,
             manifest,
@@ -140,13 +143,14 @@ def size_for_serving(
         manifest: of it.
         on_gpu: whether to choose a machine with a GPU, of the smallest kind that fits.
         family: of the machine, rather than ``on_gpu``.
-        workload: ``batch_size``, ``prompt_tokens``, ``response_tokens``, ``processes`` of ``size_model``.
+        workload: ``batch_size``, ``prompt_tokens``, ``response_tokens``, ``processes`` of ``size_model``;
+            without them ``WORKLOAD``.
 
     Raises:
         FileNotFoundError, PermissionError, StorageError: the config cannot be read.
         MachineTypeError, SizingError: no machine is large enough, or the model is of no known kind.
     """
-    workload = {"prompt_tokens": PROMPT_TOKENS} | workload
+    workload = WORKLOAD | workload
     families = [family] if family or not on_gpu else list(machine_types.GPU_FAMILIES)
     with tempfile.TemporaryDirectory() as folder:
         config = storage.read_bytes(f"{companion_folder(state_dict_path)}/config.json")
