@@ -7,7 +7,7 @@ import uuid
 import pytest
 from tiny_models import save_checkpoint
 
-from helpers import dataflow, pubsub
+from helpers import dataflow, job_guard, pubsub
 from helpers.dataflow import Job, JobError
 from helpers.load_state_dict import convert
 
@@ -173,22 +173,27 @@ def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, 
     save_checkpoint("t5_distinct", other)
     path = model[1].replace("tiny.pt", "other.pt")
     convert(str(other), path, progress=False)
+    changed = {
+        "model_name": str(other),
+        "state_dict_path": path,
+        "temp_location": model[1].rpartition("/")[0] + "/temp",
+        "responses_topic": topics["responses"],
+        "messages_subscription": topics["messages-subscription"],
+        "max_response_tokens": 4,
+    }
     job = submit(cloud, model, topics)
     with pytest.raises(JobError, match="is PENDING"):
-        dataflow.update(job, model_name=str(other), state_dict_path=path, temp_location="gs://x/y",
-                        responses_topic=topics["responses"])  # fmt: skip
+        dataflow.update(job, **changed)
     job.wait_for("RUNNING", timeout=120)
+    guard = job_guard.start(cloud.project, LOCATION, job.job_id, minutes=10)
     ids = pubsub.publish(topics["messages"], [f"prompt {n}" for n in range(10)])
-    new = dataflow.update(
-        job,
-        model_name=str(other),
-        state_dict_path=path,
-        temp_location=model[1].rpartition("/")[0] + "/temp",
-        responses_topic=topics["responses"],
-        messages_subscription=topics["messages-subscription"],
-        max_response_tokens=4,
-        timeout=120,
-    )
+
+    nowhere = {"responses_topic": f"projects/{cloud.project}/topics/nowhere"}
+    with pytest.raises(JobError, match="nowhere"):
+        dataflow.update(job, **(changed | nowhere), timeout=90)
+    assert job.state() == "RUNNING", "an update that fails leaves the old job as it was"
+
+    new = dataflow.update(job, transform_name_mapping={"Answer": "Answer"}, **changed, timeout=120)
     try:
         assert job.wait_for("UPDATED", timeout=60) == "UPDATED"
         assert job.successor() == new != job
@@ -197,9 +202,12 @@ def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, 
         by_id = {m.attributes["prompt_message_id"]: m.attributes["model_name"] for m in responses}
         assert sorted(by_id) == sorted(ids + after)
         assert by_id[after[0]] == str(other)
+        assert guard.poll() is None, "the guard follows the job that has taken the place"
         assert new.drain(timeout=60) == "DRAINED"
+        guard.wait(30)  # and ends with it
     finally:
         new.cancel(timeout=60)
+        guard.kill()
 
 
 def test_a_job_whose_kernel_died_is_found_and_its_guard_drains_it(cloud, model, topics):
@@ -215,7 +223,7 @@ def test_a_job_whose_kernel_died_is_found_and_its_guard_drains_it(cloud, model, 
             *(f"--responses-topic={topics['responses']}",),
             *(f"--state-dict-path={model[1]}", f"--model-name={model[0]}", "--runner=DataflowRunner"),
             *(f"--project={cloud.project}", f"--region={LOCATION}", f"--job_name={name}"),
-            *(f"--temp_location={model[1].rpartition('/')[0]}/temp", "--max-run-minutes=0.4"),
+            *(f"--temp_location={model[1].rpartition('/')[0]}/temp", "--max-run-minutes=0.2"),
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -250,7 +258,7 @@ def test_jobs_of_this_series_are_listed_and_reaped(cloud, model, topics, capsys)
 
 PUBLISHED = """
 import subprocess, sys
-from helpers import dataflow, pubsub
+from helpers import dataflow, job_guard, pubsub
 from helpers.load_state_dict import convert
 from google.cloud import storage
 
