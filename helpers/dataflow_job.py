@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
-from google.api_core.exceptions import FailedPrecondition, GoogleAPICallError
-from google.auth.exceptions import GoogleAuthError
+from google.api_core.exceptions import FailedPrecondition
 from google.cloud import dataflow_v1beta3 as dataflow
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from helpers.job_status import Status, backlog
+
+Client = TypeVar("Client")
 POLL_SECONDS = 1.0
 TERMINAL = {"DONE", "FAILED", "CANCELLED", "DRAINED", "UPDATED"}
 Importance = dataflow.JobMessageImportance
@@ -26,48 +30,6 @@ MISSING_PACKAGE_HINT = (
 
 class JobError(RuntimeError):
     """A job that failed, or did not come where it should in time; the message says what to look at."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """A job at a moment.
-
-    Attributes:
-        seconds: since the watching began.
-        state: for instance RUNNING.
-        vcpus: of all its workers; None where Dataflow does not say.
-        backlog: messages that wait in the subscription; None where Cloud Monitoring does not say. It is a
-            minute or two old.
-        answered: prompts that were answered since the job began, by the workers' reports.
-        answers_per_second, tokens_per_second: since the last status.
-        dead_letters: messages that went to the dead-letter topic since the job began.
-        messages: of the job, new since the last status, oldest first.
-    """
-
-    seconds: float
-    state: str
-    vcpus: int | None = None
-    backlog: int | None = None
-    answered: int = 0
-    answers_per_second: float = 0.0
-    tokens_per_second: float = 0.0
-    dead_letters: int = 0
-    messages: list[str] = field(default_factory=list)
-
-    def row(self) -> dict[str, object]:
-        """As a row of a table."""
-        unknown = "–"
-        return {
-            "seconds": round(self.seconds, 1),
-            "state": self.state,
-            "vCPUs": unknown if self.vcpus is None else self.vcpus,
-            "backlog": unknown if self.backlog is None else self.backlog,
-            "answered": self.answered,
-            "answers/s": round(self.answers_per_second, 2),
-            "tokens/s": round(self.tokens_per_second, 1),
-            "dead letters": self.dead_letters,
-            "messages": "\n".join(self.messages),
-        }
 
 
 @dataclass(frozen=True)
@@ -96,12 +58,12 @@ class Job:
             job_id=self.job_id,
             view=dataflow.JobView.JOB_VIEW_ALL,
         )
-        return dataflow.JobsV1Beta3Client().get_job(request=request, timeout=timeout)
+        return _client(dataflow.JobsV1Beta3Client).get_job(request=request, timeout=timeout)
 
     def state(self, timeout: float = 60) -> str:
         """For instance PENDING, RUNNING, DRAINING, DRAINED, FAILED, CANCELLED or UPDATED."""
         request = dataflow.GetJobRequest(project_id=self.project, location=self.location, job_id=self.job_id)
-        job = dataflow.JobsV1Beta3Client().get_job(request=request, timeout=timeout)
+        job = _client(dataflow.JobsV1Beta3Client).get_job(request=request, timeout=timeout)
         return job.current_state.name.removeprefix("JOB_STATE_")
 
     def successor(self) -> Job | None:
@@ -142,7 +104,7 @@ class Job:
             job_id=self.job_id,
             minimum_importance=minimum,
         )
-        found = dataflow.MessagesV1Beta3Client().list_job_messages(request)
+        found = _client(dataflow.MessagesV1Beta3Client).list_job_messages(request)
         return sorted(found, key=lambda message: (message.time, message.id))
 
     def errors(self) -> list[str]:
@@ -219,7 +181,7 @@ class Job:
             ),
         )
         try:
-            dataflow.JobsV1Beta3Client().update_job(request)
+            _client(dataflow.JobsV1Beta3Client).update_job(request)
         except FailedPrecondition as error:
             raise JobError(f"The workers of {self.job_id} stay as they are: {error.message}") from error
 
@@ -247,7 +209,7 @@ class Job:
         request = dataflow.UpdateJobRequest(
             project_id=self.project, location=self.location, job_id=self.job_id, job=job
         )
-        dataflow.JobsV1Beta3Client().update_job(request)
+        _client(dataflow.JobsV1Beta3Client).update_job(request)
 
     def _stop(self, state: str, timeout: float) -> str:
         try:
@@ -272,7 +234,7 @@ class Job:
         )
         totals: dict[str, int] = {}
         vcpus = None
-        for metric in dataflow.MetricsV1Beta3Client().get_job_metrics(request).metrics:
+        for metric in _client(dataflow.MetricsV1Beta3Client).get_job_metrics(request).metrics:
             name = metric.name
             if "tentative" in name.context:
                 continue
@@ -283,29 +245,11 @@ class Job:
         return totals, vcpus
 
 
-def backlog(subscription: str) -> int | None:
-    """How many messages wait in a subscription, as Cloud Monitoring counted last; None where it cannot say.
+def _client(kind: type[Client]) -> Client:
+    """A client, and with it a connection, for all the calls of this process and account."""
+    return _client_of(kind, os.getpid(), os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"))
 
-    Pub/Sub itself does not tell. Cloud Monitoring does, once a minute; the local cloud has none.
 
-    Args:
-        subscription: ``projects/P/subscriptions/S``.
-    """
-    try:
-        from google.cloud import monitoring_v3
-    except ImportError:  # comes with Beam's [gcp] extra today, by way of its other clients
-        return None
-    _, project, _, name = subscription.split("/")
-    now = datetime.now(UTC)
-    request = monitoring_v3.ListTimeSeriesRequest(
-        name=f"projects/{project}",
-        filter='metric.type = "pubsub.googleapis.com/subscription/num_undelivered_messages" AND '
-        f'resource.labels.subscription_id = "{name}"',
-        interval=monitoring_v3.TimeInterval(start_time=now - timedelta(minutes=5), end_time=now),
-    )
-    try:
-        series = monitoring_v3.MetricServiceClient().list_time_series(request, timeout=10, retry=None)
-        points = [point for one in series for point in one.points]
-    except (GoogleAPICallError, GoogleAuthError):
-        return None
-    return max(points, key=lambda point: point.interval.end_time).value.int64_value if points else None
+@lru_cache(maxsize=6)
+def _client_of(kind: type[Client], process_id: int, credentials_file: str | None) -> Client:
+    return kind()
