@@ -98,14 +98,7 @@ class Job:
 
     def messages(self, minimum: Importance = Importance.JOB_MESSAGE_BASIC) -> list[dataflow.JobMessage]:
         """The job's messages of some importance, oldest first."""
-        request = dataflow.ListJobMessagesRequest(
-            project_id=self.project,
-            location=self.location,
-            job_id=self.job_id,
-            minimum_importance=minimum,
-        )
-        found = _client(dataflow.MessagesV1Beta3Client).list_job_messages(request)
-        return sorted(found, key=lambda message: (message.time, message.id))
+        return self._messages_and_workers(minimum)[0]
 
     def errors(self) -> list[str]:
         """The job's error messages, oldest first."""
@@ -113,7 +106,15 @@ class Job:
 
     def counters(self) -> dict[str, int]:
         """The pipeline's own counters, for instance ``response_tokens``, summed over its steps."""
-        return self._metrics()[0]
+        request = dataflow.GetJobMetricsRequest(
+            project_id=self.project, location=self.location, job_id=self.job_id
+        )
+        totals: dict[str, int] = {}
+        for metric in _client(dataflow.MetricsV1Beta3Client).get_job_metrics(request).metrics:
+            name = metric.name
+            if name.origin == "user" and "tentative" not in name.context and metric.kind == "Sum":
+                totals[name.name] = totals.get(name.name, 0) + int(metric.scalar)
+        return totals
 
     def watch(
         self, *, seconds: float, every: float = 5.0, subscription: str | None = None
@@ -133,17 +134,18 @@ class Job:
         answered, tokens, then = 0, 0, None
         while True:
             state = self.state()
-            counters, vcpus = self._metrics()
+            counters = self.counters()
+            messages, workers = self._messages_and_workers(Importance.JOB_MESSAGE_BASIC)
             now = time.monotonic()
             now_answered = counters.get("num_inferences", 0) - counters.get("failed_prompts", 0)
             now_tokens = counters.get("response_tokens", 0)
             passed = 0.0 if then is None else now - then
-            new = [message for message in self.messages() if message.id not in told]
+            new = [message for message in messages if message.id not in told]
             told.update(message.id for message in new)
             yield Status(
                 seconds=now - began,
                 state=state,
-                vcpus=vcpus,
+                workers=workers,
                 backlog=backlog(subscription) if subscription else None,
                 answered=now_answered,
                 answers_per_second=(now_answered - answered) / passed if passed else 0.0,
@@ -227,22 +229,17 @@ class Job:
         hint = f"\n{MISSING_PACKAGE_HINT}" if MISSING_PACKAGE in errors else ""
         return (errors or "It left no error.") + hint
 
-    def _metrics(self) -> tuple[dict[str, int], int | None]:
-        """The pipeline's counters, and the number of vCPUs in use."""
-        request = dataflow.GetJobMetricsRequest(
-            project_id=self.project, location=self.location, job_id=self.job_id
+    def _messages_and_workers(self, minimum: Importance) -> tuple[list[dataflow.JobMessage], int | None]:
+        """The job's messages, and the number of its workers, which Dataflow reports along with them."""
+        request = dataflow.ListJobMessagesRequest(
+            project_id=self.project, location=self.location, job_id=self.job_id, minimum_importance=minimum
         )
-        totals: dict[str, int] = {}
-        vcpus = None
-        for metric in _client(dataflow.MetricsV1Beta3Client).get_job_metrics(request).metrics:
-            name = metric.name
-            if "tentative" in name.context:
-                continue
-            if name.origin == "user" and metric.kind == "Sum":
-                totals[name.name] = totals.get(name.name, 0) + int(metric.scalar)
-            elif name.name == "CurrentVcpuCount":
-                vcpus = int(metric.scalar)
-        return totals, vcpus
+        pages = list(_client(dataflow.MessagesV1Beta3Client).list_job_messages(request).pages)
+        messages = [message for page in pages for message in page.job_messages]
+        events = [event for page in pages for event in page.autoscaling_events]
+        latest = max(events, key=lambda event: event.time, default=None)
+        messages.sort(key=lambda message: (message.time, message.id))
+        return messages, None if latest is None else latest.current_num_workers
 
 
 def _client(kind: type[Client]) -> Client:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from datetime import datetime
 
 from apache_beam.options.pipeline_options import GoogleCloudOptions
-from google.api_core.exceptions import NotFound
+from google.api_core.exceptions import FailedPrecondition, NotFound
 from google.cloud import dataflow_v1beta3 as dataflow
 
 from helpers.dataflow_job import Job, JobError
@@ -134,10 +135,11 @@ def reap(
     """
     jobs = [one for one in list_series(project, location) if one.overdue or not overdue_only]
     for listed in jobs:
-        if listed.state == "RUNNING":
-            listed.job.request("DRAINED")
-        elif listed.state not in ("DRAINING", "CANCELLING"):
-            listed.job.request("CANCELLED")  # it has not begun, and has nothing to finish
+        with contextlib.suppress(FailedPrecondition):  # it has ended since it was listed
+            if listed.state == "RUNNING":
+                listed.job.request("DRAINED")
+            elif listed.state not in ("DRAINING", "CANCELLING"):
+                listed.job.request("CANCELLED")  # it has not begun, and has nothing to finish
     deadline = time.monotonic() + timeout
     ended = []
     for listed in jobs:

@@ -16,7 +16,7 @@ class Status:
     Attributes:
         seconds: since the watching began.
         state: for instance RUNNING.
-        vcpus: of all its workers; None where Dataflow does not say.
+        workers: how many Dataflow reported last; None before its first report.
         backlog: messages that wait in the subscription; None where Cloud Monitoring does not say. It is a
             minute or two old.
         answered: prompts that were answered since the job began, by the workers' reports.
@@ -27,7 +27,7 @@ class Status:
 
     seconds: float
     state: str
-    vcpus: int | None = None
+    workers: int | None = None
     backlog: int | None = None
     answered: int = 0
     answers_per_second: float = 0.0
@@ -41,7 +41,7 @@ class Status:
         return {
             "seconds": round(self.seconds, 1),
             "state": self.state,
-            "vCPUs": unknown if self.vcpus is None else self.vcpus,
+            "workers": unknown if self.workers is None else self.workers,
             "backlog": unknown if self.backlog is None else self.backlog,
             "answered": self.answered,
             "answers/s": round(self.answers_per_second, 2),

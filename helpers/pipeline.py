@@ -7,6 +7,8 @@
         --state-dict-path gs://BUCKET/run-inference/MODEL.pt --model-name MODEL \\
         --runner DataflowRunner --project P --region R --temp_location gs://BUCKET/temp
 
+On Dataflow these are enough: what else a job for a language model needs is set by ``helpers.job_options``.
+
 A message is UTF-8 text in ``data``. Its response is the model's text, with all of the message's own
 attributes and these:
 

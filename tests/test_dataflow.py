@@ -247,6 +247,8 @@ def test_jobs_of_this_series_are_listed_and_reaped(cloud, model, topics, capsys)
     where = ["--project", cloud.project, "--region", LOCATION]
     assert dataflow.main(["list", *where]) == 0
     assert "overdue=yes" in capsys.readouterr().out
+    assert dataflow.main(["watch", *where, "--minutes=0", job.job_id]) == 0
+    assert "backlog=–  answered=0" in capsys.readouterr().out
     assert dataflow.main(["reap", *where, "--overdue"]) == 0
     assert job.job_id in capsys.readouterr().out
     assert job.state() in ("DRAINED", "CANCELLED")
@@ -289,9 +291,7 @@ job.job.wait_for("RUNNING", timeout=120)
 ids = pubsub.publish(messages, ["What is streaming?", "What is a model?"])
 found = pubsub.collect(answers, 2, timeout=120)
 assert sorted(m.attributes["prompt_message_id"] for m in found) == sorted(ids)
-assert subprocess.run(
-    [sys.executable, "-m", "helpers.dataflow", "drain", "--project", project, "--region", location, job.name]
-).returncode == 0
+job.job.drain(timeout=60)
 print("answered and", job.job.state())
 """
 

@@ -127,5 +127,6 @@ def test_ten_thousand_messages_one_in_twenty_bad_are_all_accounted_for(cloud, st
         assert BAD[message.data] in message.attributes["error"]
     assert pubsub.collect(paths["messages-subscription"], 1, timeout=2) == [], "nothing is left behind"
     assert job.counters()["dead_letters"] == 500
-    # torch's allocator has what it needs after the first thousands.
-    assert memory[-1] < memory[2] * 1.05
+    # torch's allocator has what it needs after the first thousands. What the local worker's runner, made anew
+    # for each batch, keeps on top levels off after some more.
+    assert memory[-1] < memory[2] * 1.1
