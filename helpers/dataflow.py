@@ -158,7 +158,6 @@ def update(
     # Beam asks for the job of this name again and again, without end, when there is none.
     if state != "RUNNING":
         raise JobError(f"Only a running job can be updated, and {job.job_id} is {state}: submit a new one.")
-    # Beam's parser wants the flag to be the last of its kind, not an option with a value.
     options = [*arguments.pop("beam_options", ()), "--update"]
     if transform_name_mapping:
         options.append(f"--transform_name_mapping={json.dumps(dict(transform_name_mapping))}")
@@ -170,6 +169,7 @@ def update(
         **arguments,
     )
     new.wait_for("RUNNING", timeout=timeout)
+    job.wait_for("UPDATED", timeout=timeout)  # until then it may still answer what comes
     return new
 
 
