@@ -30,6 +30,9 @@ test: $(INSTALLED) ## the tests
 test-all: $(INSTALLED) ## the tests, those that take minutes too
 	$(PY) -m pytest
 
+bench: $(INSTALLED) ## measure side by side, into out/bench.json
+	$(PY) tools/bench.py --out out/bench.json
+
 lint: $(INSTALLED) ## check modules and notebooks
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers import local_cloud
 from helpers.packaged_model import default_cache
@@ -180,3 +181,22 @@ class Table:
 def table(rows: Iterable[Mapping[str, object]]) -> Table:
     """Rows of the same keys as a table for a notebook."""
     return Table(rows)
+
+
+class Board:
+    """A table that is shown once and then redrawn in its place, for something that goes on."""
+
+    def __init__(self, most_rows: int = 12) -> None:
+        self._rows: list[Mapping[str, object]] = []
+        self._most_rows = most_rows
+        self._shown: Any = None
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Adds a row; the oldest goes when there are too many."""
+        from IPython.display import display
+
+        self._rows = [*self._rows, row][-self._most_rows :]
+        if self._shown is None:
+            self._shown = display(table(self._rows), display_id=True)
+        else:
+            self._shown.update(table(self._rows))

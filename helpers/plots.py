@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -168,3 +169,22 @@ def pipeline_graph(pipeline: beam.Pipeline) -> Axes:
     axes.set_ylim(-max(map(len, columns)) / 2 - 0.2, max(map(len, columns)) / 2 + 0.2)
     axes.axis("off")
     return axes
+
+
+def latencies(seconds: Sequence[float], *, xlabel: str) -> Axes:
+    """The share of messages that took at most a time, with the median and the 95th percentile marked."""
+    axes = new_axes(height=2.6)
+    ordered = sorted(seconds)
+    axes.step(ordered, [(index + 1) / len(ordered) for index in range(len(ordered))], "k", where="post")
+    for share, style in ((0.5, "--"), (0.95, ":")):
+        value = percentile(ordered, share)
+        axes.axvline(value, color=SHADES[1][0], linestyle=style, label=f"p{share * 100:.0f}: {value:.2f} s")
+    axes.set(xlabel=xlabel, ylabel="share of messages", ylim=(0, 1.03), xlim=(0, None))
+    axes.legend(frameon=False, loc="upper left")
+    return axes
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share``, 0 to 1, of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

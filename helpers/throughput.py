@@ -33,7 +33,7 @@ def measure_throughput(
     *,
     batch_sizes: Sequence[int] = (1, 4, 16),
     dtypes: Sequence[str | None] = (None,),
-    response_tokens: int = 32,
+    response_tokens: int = 16,
     repeats: int = 3,
     device: str | None = None,
     cache_dir: str | None = None,

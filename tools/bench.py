@@ -1,8 +1,8 @@
 """Measures this project beside the usual way, in one run: `python tools/bench.py [--out FILE] [--quick]`.
 
-Compared are Beam's stock PyTorch handler and this project's on the same state dict (random weights of
-flan-t5-large's shape), and the packaged model asked one prompt at a time in float32 and in batches. The last
-line printed is the whole result as JSON.
+Compared, on random weights of flan-t5-large's shape: `from_pretrained` with `torch.save`, and this project's
+conversion; Beam's stock PyTorch handler, and this project's, on the same state dict. And the packaged model
+asked one prompt at a time in float32, and in batches. The last line printed is the whole result as JSON.
 """
 
 import argparse
@@ -213,10 +213,13 @@ def main() -> None:
     if arguments.serve:
         serve(*arguments.serve)
         return
+    import bench_convert
+
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
         model_name = "google/flan-t5-small" if arguments.quick else "google/flan-t5-large"
         result = {
+            "conversion": bench_convert.bench(model_name, "float16", 3),
             "serving": bench_serving(model_name, folder),
             "batches": bench_batches(16 if arguments.quick else 200, folder),
         }
