@@ -4,7 +4,7 @@ Streaming jobs run, and cost, until somebody stops them, and Dataflow itself has
 
 * ``start`` leaves a process behind that belongs to no notebook, terminal or kernel. It looks at the job now
   and then, ends when the job has ended, and drains it when its time is over. It follows a job that is
-  updated to the one that takes its place.
+  updated to the one that takes its place, and goes by the time that this one was given, if it was given one.
 * The time is also on the job, as a label. Should this machine be switched off, any other can see it:
   ``python -m helpers.dataflow reap --overdue`` drains what is past its time, from a cron job for instance,
   and so does the next run of the notebook.
@@ -20,7 +20,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from helpers.dataflow_job import Job
+
+DRAIN_LABEL = "drain_after"
+"""The label with the time, in seconds since 1970, at which a job is to be drained."""
 POLL_SECONDS = 30.0
 LOCAL_POLL_SECONDS = 1.0
 # A drain that does not come to its end, because a message fails again and again, is a job that costs. What
@@ -79,7 +85,7 @@ def guard(project: str, location: str, job_id: str, drain_at: float) -> str:
             state = job.state(timeout=10)
             last_seen = now
             if state == "UPDATED" and (successor := job.successor()):
-                job = successor
+                job, drain_at = successor, deadline_of(successor, drain_at)
                 continue
             if state in TERMINAL:
                 return state
@@ -97,6 +103,12 @@ def guard(project: str, location: str, job_id: str, drain_at: float) -> str:
             if now - (last_seen if is_local else max(last_seen, drain_at)) > patience:
                 return "UNREACHABLE"
         time.sleep(min(pause, max(drain_at - now, 1.0)) if now < drain_at else pause)
+
+
+def deadline_of(job: Job, otherwise: float) -> float:
+    """When a job is to be drained, in seconds since 1970: by its label, if it has one."""
+    label = job.describe(timeout=10).labels.get(DRAIN_LABEL, "")
+    return float(label) if label.isdigit() else otherwise
 
 
 def main() -> None:

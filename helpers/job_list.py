@@ -12,7 +12,8 @@ from google.api_core.exceptions import FailedPrecondition, NotFound
 from google.cloud import dataflow_v1beta3 as dataflow
 
 from helpers.dataflow_job import Job, JobError
-from helpers.job_options import DRAIN_LABEL, SERIES
+from helpers.job_guard import DRAIN_LABEL
+from helpers.job_options import SERIES
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from helpers import machine_types, storage
+from helpers.job_guard import DRAIN_LABEL
 from helpers.machine_types import MachineType, MachineTypeError
 from helpers.manifest import Manifest, companion_folder, read_manifest
 from helpers.package import build_wheel
@@ -34,8 +35,6 @@ from helpers.sizing import SYSTEM_DISK_BYTES, Sizing, compute_dtype_on, size_mod
 
 SERIES = {"series": "streaming-llm"}
 """The label by which jobs of these notebooks are found again; see ``helpers.job_list``."""
-DRAIN_LABEL = "drain_after"
-"""The label with the time, in seconds since 1970, at which a job is to be drained."""
 
 # Room to grow under load, and a bound on what a forgotten job costs. Dataflow's own bound is 100 workers.
 MAX_WORKERS = 4

@@ -244,6 +244,7 @@ def test_a_job_whose_kernel_died_is_found_and_its_guard_drains_it(cloud, model, 
 
 def test_jobs_of_this_series_are_listed_and_reaped(cloud, model, topics, capsys):
     job = submit(cloud, model, topics, beam_options=["--labels=drain_after=1"])
+    assert job_guard.deadline_of(job, otherwise=5.0) == 1.0
     where = ["--project", cloud.project, "--region", LOCATION]
     assert dataflow.main(["list", *where]) == 0
     assert "overdue=yes" in capsys.readouterr().out
