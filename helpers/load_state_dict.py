@@ -229,6 +229,9 @@ def _add_vertex_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", help="a container image with Python 3.11 or newer", default=argparse.SUPPRESS
     )
+    parser.add_argument(
+        "--torch-index-url", default="", help="an index with torch without CUDA; default: the package index"
+    )
     parser.add_argument("--timeout-minutes", type=int, help="default: 240", default=argparse.SUPPRESS)
     parser.add_argument("--service-account", help="that the job runs as; default: the project's own")
     parser.add_argument("--network", help="projects/NUMBER/global/networks/NAME")

@@ -28,15 +28,14 @@ IMAGE = "python:3.12-slim"
 MINIMUM_DISK_GB = 100
 TIMEOUT_MINUTES = 240
 
-# An image that has torch already keeps it. Otherwise it comes without CUDA, which is several GB smaller than
-# what the package index has. The names come as positional parameters, which a shell takes as they are, with
-# their spaces and quotes.
+# An image that has torch keeps it. Otherwise torch comes from the index that is given, or with CUDA, which is
+# several GB larger, from the package index. All names come as positional parameters, which a shell takes as
+# they are, with their spaces and quotes.
 SCRIPT = """\
 set -e
-python -c 'import torch' 2>/dev/null ||
-  python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch
-python -m pip install --quiet "$1"
-shift
+python -c 'import torch' 2>/dev/null || test "$1" = - || python -m pip install --quiet --index-url "$1" torch
+python -m pip install --quiet "$2"
+shift 2
 exec python -m helpers.load_state_dict local "$@"
 """
 
@@ -77,6 +76,7 @@ def vertex(
     disk_size_gb: int | None = None,
     dtype: str = "float16",
     image: str = IMAGE,
+    torch_index_url: str = "",
     timeout_minutes: int = TIMEOUT_MINUTES,
     service_account: str | None = None,
     network: str | None = None,
@@ -98,6 +98,8 @@ def vertex(
         disk_size_gb: in GB, at least 100; by default what sizing finds sufficient.
         dtype: float16, bfloat16 or float32.
         image: a container image with Python 3.11 or newer, and pip, that Vertex AI can pull.
+        torch_index_url: an index with torch for CPUs alone, as PyTorch's installation page names it; it saves
+            the job a download of several GB.
         timeout_minutes: after which Vertex AI ends the job.
         service_account: that the job runs as; by default the project's own for custom jobs. It needs the role
             roles/storage.objectUser on the bucket.
@@ -135,6 +137,7 @@ def vertex(
     machine_type = machine_type or needed.machine.name
     disk_size_gb = disk_size_gb or max(needed.disk_gb or 0, MINIMUM_DISK_GB)
     arguments = [
+        torch_index_url or "-",
         _upload_wheel(bucket),
         f"--model-name={model_name}",
         f"--state-dict-path={state_dict_path}",

@@ -19,7 +19,7 @@ from helpers.load_state_dict import convert
 from helpers.local_state_dict import fetch
 from helpers.model_handler import NAMESPACE, LanguageModelHandler
 from helpers.model_loading import LoadError
-from helpers.pipeline import AskModel, FailedPromptError
+from helpers.transforms import AskModel, FailedPromptError
 
 RUNNERS = ["BundleBasedDirectRunner", "FnApiRunner"]
 

@@ -1,0 +1,215 @@
+"""The notebooks run under papermill from any folder, are committed as they ran, and fail loudly."""
+
+import ast
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+import pytest
+from conftest import BEFORE, wait_until
+from tiny_models import save_checkpoint
+
+from helpers.models import DEFAULT_MODEL
+
+REPOSITORY = Path(__file__).parents[1]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+RUN_NOTEBOOKS = REPOSITORY / "tools" / "run_notebooks.py"
+MOST_BYTES = 1_000_000
+
+
+def execute(name: str, folder: Path, **parameters) -> nbformat.NotebookNode:
+    """Runs a notebook from another folder than its own, to an output with a name of its own."""
+    [source] = [path for path in NOTEBOOKS if path.stem.startswith(name)]
+    return papermill.execute_notebook(
+        source,
+        folder / f"my {name}.ipynb",
+        parameters=parameters,
+        kernel_name="python3",
+        cwd=folder,
+        progress_bar=False,
+        execution_timeout=600,
+    )
+
+
+def shown(notebook: nbformat.NotebookNode, tag: str = "") -> str:
+    """What the notebook's cells, or those with a tag, show as text."""
+    outputs = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code" and (not tag or tag in cell.metadata.get("tags", []))
+        for output in cell.outputs
+    ]
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+@pytest.fixture(scope="module", params=["llama", "t5_distinct"])
+def tiny(request, tmp_path_factory, cloud) -> str:
+    """A tiny model's folder: a causal one, and an encoder-decoder one."""
+    folder = tmp_path_factory.mktemp("models") / f"tiny-{request.param.replace('_', '-')}"
+    save_checkpoint(request.param, folder)
+    return str(folder)
+
+
+def test_01_sizes_a_model(tmp_path, cloud):
+    text = shown(execute("01", tmp_path, model_name="google/flan-t5-xl", measure=[], price_per_hour=0.5))
+    assert "2,849,757,184" in text
+    assert "0.50 an hour" in text
+
+
+def test_02_converts_in_a_vertex_ai_job(tmp_path, tiny):
+    text = shown(execute("02", tmp_path, model_name=tiny))
+    assert "SUCCEEDED" in text
+    assert f"run-inference/{Path(tiny).name}.pt" in text
+
+
+@pytest.mark.parametrize("name", ["03", "04"])
+def test_03_and_04_answer_every_prompt_twice_in_a_row(name, tmp_path, tiny):
+    prompts = ["Hi", "a longer prompt than that one"]
+    for _ in range(2):
+        notebook = execute(name, tmp_path, model_name=tiny, prompts=prompts, max_response_tokens=4)
+        answers = shown(notebook, tag="answers")
+        assert all(prompt in answers for prompt in prompts)
+        assert "–" not in answers, "a prompt has no answer"
+
+
+def test_the_deployed_default_model_knows_the_capital_of_france(tmp_path, cloud, packaged_checkpoint):
+    prompt = "What is the capital of France?"
+    notebook = execute("04", tmp_path, model_name=DEFAULT_MODEL, prompts=[prompt])
+    assert "Paris" in shown(notebook, tag="answers")
+
+
+def test_a_model_that_does_not_exist_stops_the_notebook_with_what_to_do(tmp_path, cloud):
+    with pytest.raises(papermill.PapermillExecutionError, match="There is no folder /no/such/model"):
+        execute("03", tmp_path, model_name="/no/such/model")
+
+
+def series_of_one(folder: Path, *code: str) -> None:
+    """A folder with a notebook of its own, and the script that runs the notebooks."""
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in code],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    (folder / "notebooks").mkdir()
+    nbformat.write(notebook, folder / "notebooks" / "00_test.ipynb")
+    (folder / "tools").mkdir()
+    (folder / "tools" / "run_notebooks.py").write_text(RUN_NOTEBOOKS.read_text())
+
+
+COMMAND = [sys.executable, "tools/run_notebooks.py", "--out", "out"]
+
+
+def test_a_broken_notebook_fails_the_run_and_says_where(tmp_path):
+    series_of_one(tmp_path, "a = 1", "print(a)", "a / 0", "print('after')")
+    run = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1
+    assert "00_test failed in cell In [3]" in run.stdout
+    assert "ZeroDivisionError: division by zero" in run.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00_test.failed.ipynb"]
+
+
+def test_ctrl_c_leaves_no_process_and_nothing_half_written(tmp_path):
+    series_of_one(
+        tmp_path,
+        "import os, pathlib, time\nfrom helpers import notebook\nnotebook.connect()",
+        "pids = f'{os.getpid()} {notebook._local.pid}'\n"
+        "pathlib.Path('pids.partial').write_text(pids)\nos.rename('pids.partial', 'pids')\ntime.sleep(300)",
+    )
+    # Without the tests' own local cloud, so that the notebook starts one.
+    run = subprocess.Popen(COMMAND, cwd=tmp_path, env=BEFORE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until((tmp_path / "pids").exists, "the notebook did not come to its second cell", 60)
+        processes = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert "Interrupted in 00_test" in said
+    wait_until(lambda: not any(p.is_running() for p in processes), "a process is left", 15)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_notebook_that_is_not_there_is_named():
+    command = [sys.executable, RUN_NOTEBOOKS, "09_missing"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2
+    assert "09_missing.ipynb" in run.stderr
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestCommitted:
+    """What a reader sees on the web."""
+
+    def test_it_was_executed_from_top_to_bottom(self, path):
+        cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+    def test_its_outputs_hold_nothing_of_the_machine_and_no_noise(self, path):
+        notebook = nbformat.read(path, 4)
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+        text = shown(notebook)
+        assert not re.findall(r"(?<![\w./])/(?:work|tmp|root|home|opt|usr|Users)/\S+", text)
+        assert not re.findall(r"(?i)\bwarning\b|Traceback", text)
+        assert path.stat().st_size < MOST_BYTES
+        assert notebook.metadata.keys() <= {"kernelspec", "language_info"}
+
+    def test_its_parameters_are_literals_with_types_and_descriptions(self, path):
+        [cell] = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+        for statement in ast.parse(cell.source).body:
+            assert isinstance(statement, ast.AnnAssign)
+            ast.literal_eval(statement.value)
+        assert all("  # " in line for line in cell.source.splitlines())
+        assert "project: str = " in cell.source
+
+    def test_papermill_explains_its_parameters(self, path):
+        parameters = papermill.inspect_notebook(path)
+        assert {"project", "location", "bucket"} <= parameters.keys()
+        for parameter in parameters.values():
+            assert parameter["help"], parameter["name"]
+            assert parameter["inferred_type_name"] != "None", parameter["name"]
+
+    def test_its_cells_are_short(self, path):
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code":
+                assert len(cell.source.splitlines()) <= 25, cell.source[:80]
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, 4).cells
+        yield path.name, ast.parse("\n".join(cell.source for cell in cells if cell.cell_type == "code"))
+    for path in (REPOSITORY / "helpers").rglob("*.py"):
+        yield str(path.relative_to(REPOSITORY)), ast.parse(path.read_text())
+
+
+def test_no_client_of_google_or_beam_is_patched():
+    """No name that comes from their packages is assigned to, by attribute or with setattr."""
+    foreign = ("google", "apache_beam", "grpc", "vertexai")
+    for name, tree in sources():
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported |= {
+                    (a.asname or a.name).split(".")[0] for a in node.names if a.name.startswith(foreign)
+                }
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(foreign):
+                imported |= {alias.asname or alias.name for alias in node.names}
+        # Beam's documented way to set the options of interactive runs.
+        imported.discard("ib")
+        for node in ast.walk(tree):
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr":
+                targets = [ast.Attribute(node.args[0])]
+            for target in targets:
+                root = target
+                while isinstance(root, ast.Attribute):
+                    root = root.value
+                if isinstance(target, ast.Attribute) and isinstance(root, ast.Name):
+                    assert root.id not in imported, f"{name}:{node.lineno} patches {root.id}"
