@@ -1,7 +1,7 @@
 """A Vertex AI custom job, submitted and watched to its end."""
 
+import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +11,12 @@ from urllib.parse import quote
 from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import aiplatform
+
+from helpers.labels import label_value
+
+# The client tells of a new job as well, in six lines, most of them about how to come back to it in Python.
+for part in ("base", "jobs"):
+    logging.getLogger(f"google.cloud.aiplatform.{part}").setLevel(logging.WARNING)
 
 QUEUE_MINUTES = 30
 """How long a job may wait for its machine, on top of its own timeout."""
@@ -66,7 +72,7 @@ def run_custom_job(
         job = aiplatform.CustomJob(
             display_name=display_name[:128],
             worker_pool_specs=[dict(worker_pool)],
-            labels={key: label(value) for key, value in labels.items()},
+            labels={key: label_value(value) for key, value in labels.items()},
             project=project,
             location=location,
             staging_bucket=f"gs://{bucket}",
@@ -91,11 +97,6 @@ def run_custom_job(
     if state != "JOB_STATE_SUCCEEDED":
         job.cancel() if state not in ENDED else None
         raise JobError(_why_failed(job, job_id, project, location, state))
-
-
-def label(text: str) -> str:
-    """Text as the value of a label: lower case, at most 63 letters, digits, underscores and dashes."""
-    return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-")[:63].strip("-")
 
 
 def _watch(job: aiplatform.CustomJob, deadline: float, poll_seconds: float) -> str:

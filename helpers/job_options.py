@@ -28,6 +28,7 @@ from apache_beam.options.pipeline_options import (
 
 from helpers import machine_types, storage
 from helpers.job_guard import DRAIN_LABEL
+from helpers.labels import label_value
 from helpers.machine_types import MachineType, MachineTypeError
 from helpers.manifest import Manifest, companion_folder, read_manifest
 from helpers.package import build_wheel
@@ -181,11 +182,6 @@ def valid_job_name(text: str) -> str:
     if not name[:1].isalpha():
         name = f"job-{name}".strip("-")
     return name[:63].rstrip("-")
-
-
-def label_value(text: str) -> str:
-    """Text as a label's value: lower-case letters, digits, dashes and underscores, at most 63."""
-    return re.sub(r"[^a-z0-9_-]+", "-", text.lower())[:63].strip("-")
 
 
 def _set_accelerator(cloud: GoogleCloudOptions, machine_type: str, device: str | None) -> None:

@@ -16,7 +16,8 @@ from google.cloud.aiplatform_v1 import JobServiceClient
 from safetensors.torch import load_file
 
 from helpers import storage, vertex_conversion
-from helpers.custom_job import JobError, label
+from helpers.custom_job import JobError
+from helpers.labels import label_value
 from helpers.load_state_dict import main
 from helpers.manifest import companion_folder, read_manifest
 from helpers.vertex_conversion import IMAGE, vertex, where_to_convert
@@ -204,8 +205,8 @@ def test_mistakes_are_told_before_a_job_is_started(change, error, message, cloud
     [("google/flan-t5-xl", "google-flan-t5-xl"), ("Ünï codé!", "n-cod"), ("x" * 100, "x" * 63), ("'--'", "")],
 )
 def test_any_text_becomes_a_label(text, expected):
-    assert label(text) == expected
-    aiplatform.utils.validate_labels({"name": label(text)})
+    assert label_value(text) == expected
+    aiplatform.utils.validate_labels({"name": label_value(text)})
 
 
 def test_where_to_convert_is_said_with_the_reason(model, monkeypatch):
