@@ -94,13 +94,13 @@ def _is_folder(model_name: str) -> bool:
 
 
 def _check_config(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"There is no folder {folder}: check the path, or give a name of the hub.")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint.")
 
 
 def _checked_folder(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ModelError(f"There is no folder {folder}: check the path, or give a name of the hub.")
     _check_config(folder)
     if not any((folder / name).is_file() for name in SAFETENSORS + PICKLES):
         raise ModelError(
