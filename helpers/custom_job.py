@@ -94,6 +94,11 @@ def run_custom_job(
             ) from None
         job.cancel()
         raise JobError(f"The job was cancelled: {job.resource_name}") from None
+    except (GoogleAPIError, GoogleAuthError) as error:
+        raise JobGoesOnError(
+            f"Vertex AI cannot be reached any more ({error}), and the job goes on: run the same again later, "
+            f"or look at it: {job.resource_name}"
+        ) from error
     if state != "JOB_STATE_SUCCEEDED":
         job.cancel() if state not in ENDED else None
         raise JobError(_why_failed(job, job_id, project, location, state))

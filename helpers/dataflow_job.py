@@ -112,7 +112,8 @@ class Job:
         totals: dict[str, int] = {}
         for metric in _client(dataflow.MetricsV1Beta3Client).get_job_metrics(request).metrics:
             name = metric.name
-            if name.origin == "user" and "tentative" not in name.context and metric.kind == "Sum":
+            is_counter = isinstance(metric.scalar, int | float)  # a distribution has no scalar
+            if name.origin == "user" and "tentative" not in name.context and is_counter:
                 totals[name.name] = totals.get(name.name, 0) + int(metric.scalar)
         return totals
 

@@ -82,11 +82,19 @@ def set_defaults(
         max_run_minutes: noted on the job, for ``helpers.job_guard`` and ``helpers.job_list`` to hold it to.
 
     Raises:
-        OptionError: a GPU is asked for on a machine that has none.
+        OptionError: a GPU is asked for on a machine that has none, the state dict is another model's, or the
+            time is none.
         FileNotFoundError, PermissionError, StorageError: the state dict or its manifest cannot be read.
         MachineTypeError, SizingError: no machine is large enough, or the model is of no known kind.
     """
+    if max_run_minutes is not None and not 0 < max_run_minutes < math.inf:
+        raise OptionError(f"max_run_minutes is {max_run_minutes}: it must be above 0.")
     manifest = read_manifest(state_dict_path)
+    if manifest.model_name != model_name:  # each worker would refuse it, and be started again for ever
+        raise OptionError(
+            f"{state_dict_path} was made from {manifest.model_name!r}, not from {model_name!r}: give that "
+            "name, or the path of the other model's state dict."
+        )
     worker = options.view_as(WorkerOptions)
     if not worker.machine_type:
         batch_size = min(
@@ -95,7 +103,7 @@ def set_defaults(
         sizing = size_for_serving(
             state_dict_path,
             manifest,
-            on_gpu=device == "cuda",
+            on_gpu=(device or "").startswith("cuda"),
             batch_size=max(1, batch_size),
             response_tokens=max_response_tokens,
         )
@@ -195,7 +203,7 @@ def _set_accelerator(cloud: GoogleCloudOptions, machine_type: str, device: str |
         # driver is installed when a worker starts: the images have none.
         accelerator = f"type:{machine.gpu};count:{machine.gpu_count};install-nvidia-driver"
         cloud.dataflow_service_options = [*service_options, f"{ACCELERATOR}={accelerator}"]
-    elif device == "cuda":
+    elif (device or "").startswith("cuda"):
         raise OptionError(
             f"--device=cuda, and the machine type {machine_type} has no GPU that is known here: leave "
             "--machine_type out, name one of the g2, a2 or a3 families, or name the GPU to attach: "

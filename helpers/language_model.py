@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# A tokenizer without a limit names a number that is larger than this.
+NO_LIMIT = 10**6
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -168,10 +171,14 @@ class LanguageModel:
 
     def max_prompt_tokens(self, generation: Generation) -> int | None:
         """The longest prompt in tokens, as asked for and as the model can take; None if unbounded."""
+        if self.is_encoder_decoder:
+            # T5 has no limit of its own, but needs memory with the square of a prompt's length: without a
+            # limit asked for, it is the length that the tokenizer names, 512 for flan-t5.
+            named = self.tokenizer.model_max_length
+            return generation.max_prompt_tokens or (named if named < NO_LIMIT else None)
         limits = [generation.max_prompt_tokens]
-        if not self.is_encoder_decoder:
-            positions = getattr(self.model.config, "max_position_embeddings", None)
-            limits.append(max(1, positions - generation.max_response_tokens) if positions else None)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        limits.append(max(1, positions - generation.max_response_tokens) if positions else None)
         known = [limit for limit in limits if limit]
         return min(known) if known else None
 
@@ -258,7 +265,13 @@ class LanguageModel:
         encoded: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
             try:
-                encoded[index] = self.encode(prompt, generation)
+                ids = self.encode(prompt, generation)
+                if len(ids) + generation.max_response_tokens > max_batch_tokens:
+                    raise PromptError(
+                        f"the prompt has {len(ids)} tokens, which with its response is over the "
+                        f"{max_batch_tokens} that a batch may have (max_batch_tokens)"
+                    )
+                encoded[index] = ids
             except PromptError as error:
                 results[index] = Failure(str(error))
             except Exception as error:  # a tokenizer's own errors: this prompt's, not its batch's
@@ -282,6 +295,8 @@ class LanguageModel:
         try:
             responses = self.generate(prompts, generation)
         except Exception as error:  # whatever it is, it must not cost the other prompts their answers
+            if _is_broken_device(error):
+                raise  # every prompt would fail: the runner tries again, elsewhere or in a new process
             reason = _describe(error)
         else:
             on_batch(Batch.of(prompts, responses, time.monotonic() - started))
@@ -323,6 +338,12 @@ def batches_by_length(
         batch.append(index)
     if batch:
         yield batch
+
+
+def _is_broken_device(error: Exception) -> bool:
+    """Whether the accelerator has failed, rather than the prompt or for want of memory."""
+    broken = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, broken) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

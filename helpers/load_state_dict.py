@@ -74,6 +74,25 @@ def convert(
     return manifest
 
 
+def ensure(model_name: str, state_dict_path: str | os.PathLike, dtype: str = "float16") -> Manifest:
+    """The manifest of a model's state dict: of the one that is there, in whatever dtype, or of a new one.
+
+    Raises:
+        ValueError: the state dict at the path is another model's.
+        And as `convert`.
+    """
+    path = str(state_dict_path)
+    if not storage.exists(path):
+        return convert(model_name, path, dtype)
+    manifest = read_manifest(path)
+    if manifest.model_name != model_name:
+        raise ValueError(
+            f"{path} was made from {manifest.model_name!r}, not from {model_name!r}: choose another path"
+        )
+    print(f"{path} is in place. {describe(manifest)}")
+    return manifest
+
+
 def state_dict_in_place(
     path: str, model_name: str, dtype: str, source: str, overwrite: bool = False, progress: bool = True
 ) -> Manifest | None:

@@ -85,7 +85,12 @@ def fetch(
         file = cache / "model.pt" if in_cloud else Path(state_dict_path)
         if in_cloud and not file.is_file():
             _download(state_dict_path, file, manifest.bytes)
-        _check(file, manifest, cache / "checked")
+        try:
+            _check(file, manifest, cache / "checked")
+        except LoadError:
+            if in_cloud:
+                file.unlink(missing_ok=True)  # the next try fetches it again: it may be whole by then
+            raise
         if convert:
             _convert(file, converted, dtype)
             if in_cloud:
@@ -159,7 +164,10 @@ def _convert(file: Path, target: Path, dtype: torch.dtype) -> None:
         state_dict = StateDictFile(output, list(source), places)
         for index, group in enumerate(groups):
             tensor = source[group[0]]
-            state_dict.write(index, [tensor.to(target_dtype(tensor)).flatten()])
+            converted = tensor.to(target_dtype(tensor))
+            if dtype == torch.float16 and not converted.isfinite().all():
+                raise LoadError(f"{group[0]} does not fit into float16: compute in bfloat16 or float32.")
+            state_dict.write(index, [converted.flatten()])
         state_dict.finish()
     log.info("Converted to %s for this machine in %.1f s", _name(dtype), time.monotonic() - started)
 

@@ -15,7 +15,9 @@ What becomes of a message is told in ``helpers.transforms``.
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -40,6 +42,8 @@ from helpers.transforms import AskMessages, AskModel
 __all__ = ["AskMessages", "AskModel", "build", "main", "parser", "run"]
 
 log = logging.getLogger(__name__)
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 # Of the command line's arguments, those that are the Dataflow job's, and those its machine is sized by.
 JOB_ARGUMENTS = ("max_run_minutes", "exactly_once", "helpers_in_image")
@@ -106,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
 
     model = arguments.add_argument_group("model", "see helpers.model_handler for what is taken without them")
     model.add_argument("--device", help="cpu or cuda; by default a GPU if the worker has one")
-    model.add_argument("--dtype", help="bfloat16, float16 or float32; by default the device's best")
+    model.add_argument("--dtype", choices=DTYPES, help="by default the device's best")
     model.add_argument("--max-response-tokens", type=_positive, default=256, metavar="N")
     model.add_argument("--max-prompt-tokens", type=_positive, metavar="N", help="longer prompts fail")
     model.add_argument("--truncate", action="store_true", help="longer prompts are cut instead")
@@ -118,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--reload-seconds", type=float, metavar="S", help="between looks for new weights")
 
     job = arguments.add_argument_group("job", "for --runner=DataflowRunner; see helpers.job_options")
-    job.add_argument("--max-run-minutes", type=float, metavar="M", help="drain the job after this time")
+    job.add_argument("--max-run-minutes", type=_minutes, metavar="M", help="drain the job after this time")
     job.add_argument("--exactly-once", action="store_true", help="rather than at least once")
     job.add_argument("--helpers-in-image", action="store_true", help="the workers' image has this package")
     return arguments
@@ -129,6 +133,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
     return number
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
+    return minutes
 
 
 def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult:
@@ -145,6 +156,7 @@ def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult
     """
     command_line = parser()
     arguments, beam_arguments = command_line.parse_known_args(argv)
+    _refuse_misspelt(command_line, beam_arguments)
     values = vars(arguments)
     job = {name: values.pop(name) for name in JOB_ARGUMENTS if name in values}
     options = PipelineOptions(beam_arguments)
@@ -168,6 +180,16 @@ def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult
         if minutes is not None:
             job_guard.start(cloud.project, cloud.region, result.job_id(), minutes)
         return result
+
+
+def _refuse_misspelt(command_line: argparse.ArgumentParser, beam_arguments: Sequence[str]) -> None:
+    """Beam only warns of options that it does not know: a misspelt one would be lost, and a guard with it."""
+    ours = [option for action in command_line._actions for option in action.option_strings]
+    for argument in beam_arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and "-" in name[2:]:  # Beam's own have underscores
+            close = difflib.get_close_matches(name, ours, 1)
+            command_line.error(f"there is no option {name}" + (f": do you mean {close[0]}?" if close else ""))
 
 
 def _start(options: PipelineOptions, values: dict[str, Any]) -> beam.runners.runner.PipelineResult:

@@ -96,6 +96,31 @@ def collect(
     return messages
 
 
+def collect_answers(
+    subscription: str, prompt_ids: Iterable[str], *, timeout: float = 120
+) -> dict[str, PubsubMessage]:
+    """Receives the responses to prompts, whatever else comes, until each has one or the time is over.
+
+    Args:
+        subscription: to the responses topic.
+        prompt_ids: the message ids of the prompts, as ``publish`` gives them.
+        timeout: how long to wait for all of them, in seconds.
+
+    Returns:
+        The first response to each prompt that has one, by the prompt's id. A job that delivers at least once
+        may send a second: it is acknowledged, and so are responses to other prompts.
+    """
+    wanted = set(prompt_ids)
+    answers: dict[str, PubsubMessage] = {}
+    deadline = time.monotonic() + timeout
+    while len(answers) < len(wanted) and (left := deadline - time.monotonic()) > 0:
+        for message in collect(subscription, len(wanted) - len(answers), timeout=min(left, PULL_SECONDS)):
+            prompt_id = message.attributes.get("prompt_message_id")
+            if prompt_id in wanted:
+                answers.setdefault(prompt_id, message)
+    return answers
+
+
 def delete(*paths: str) -> None:
     """Deletes topics and subscriptions by their paths; those that are gone already are no error."""
     publisher = pubsub_v1.PublisherClient()

@@ -7,9 +7,11 @@ attributes and these:
 * ``model_name``: the model that answered.
 
 A message that cannot be answered goes to the dead-letter topic as it came: the same bytes, the same
-attributes, and ``prompt_message_id``, ``model_name`` and ``error``, the reason. Pub/Sub allows a message 100
-attributes: of a message that has so many that these no longer fit, the last ones by name are left out, and
-``attributes_left_out`` tells how many.
+attributes, and ``prompt_message_id``, ``model_name`` and ``error``, the reason.
+
+Pub/Sub allows a message 100 attributes and 10 MB. What no longer fits is left out, the last attributes by
+name, and so are those that begin with ``goog``, which are Pub/Sub's own; ``attributes_left_out`` tells how
+many. Of the data of a dead letter within a few kB of 10 MB the end is cut; ``data_bytes_cut`` tells how much.
 """
 
 import logging
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 # https://cloud.google.com/pubsub/quotas#resource_limits
 MAX_ATTRIBUTES = 100
 MAX_ATTRIBUTE_BYTES = 1024
+MAX_MESSAGE_BYTES = 10_000_000 - 4096  # less what the request has around the message
 
 
 class FailedPromptError(RuntimeError):
@@ -151,7 +154,8 @@ def _read_prompt(message: PubsubMessage) -> Iterator[Any]:
 def to_response(answered: tuple[PubsubMessage, str], model_name: str) -> PubsubMessage:
     """A message's response, for the responses topic."""
     message, text = answered
-    return PubsubMessage(text.encode(errors="replace"), _attributes(message, model_name=model_name))
+    data = text.encode(errors="replace")
+    return PubsubMessage(data, _attributes(message, data, model_name=model_name))
 
 
 def to_dead_letter(failed: FailedPrompt, model_name: str) -> PubsubMessage:
@@ -159,10 +163,14 @@ def to_dead_letter(failed: FailedPrompt, model_name: str) -> PubsubMessage:
     message, _ = failed.prompt
     Metrics.counter(NAMESPACE, "dead_letters").inc()
     log.warning("Message %s has no response: %s", message.message_id, failed.error)
-    return PubsubMessage(message.data, _attributes(message, model_name=model_name, error=failed.error))
+    # Room for what is added, should the message be as large as any may be.
+    data = message.data[: MAX_MESSAGE_BYTES - 4 * MAX_ATTRIBUTE_BYTES]
+    more = {"data_bytes_cut": str(len(message.data) - len(data))} if len(data) < len(message.data) else {}
+    attributes = _attributes(message, data, model_name=model_name, error=failed.error, **more)
+    return PubsubMessage(data, attributes)
 
 
-def _attributes(message: PubsubMessage, **more: str) -> dict[str, str]:
+def _attributes(message: PubsubMessage, data: bytes, **more: str) -> dict[str, str]:
     """The message's own attributes and more, within what Pub/Sub accepts: publishing would fail for ever."""
     more = {"prompt_message_id": message.message_id or "", **more}
     more = {
@@ -170,8 +178,12 @@ def _attributes(message: PubsubMessage, **more: str) -> dict[str, str]:
         for name, value in more.items()
     }
     own = {name: value for name, value in (message.attributes or {}).items() if name not in more}
-    if len(own) + len(more) > MAX_ATTRIBUTES:
-        room = MAX_ATTRIBUTES - len(more) - 1
-        more["attributes_left_out"] = str(len(own) - room)
-        own = dict(sorted(own.items())[:room])
-    return {**own, **more}
+    # Pub/Sub adds some of its own to what it delivers, and refuses to take them back.
+    kept = dict(sorted(item for item in own.items() if not item[0].lower().startswith("goog")))
+    size = len(data) + sum(len(f"{name}{value}".encode()) + 16 for name, value in (kept | more).items())
+    if size > MAX_MESSAGE_BYTES:
+        kept = {}
+    kept = dict(list(kept.items())[: MAX_ATTRIBUTES - len(more) - 1])
+    if len(kept) < len(own):
+        more["attributes_left_out"] = str(len(own) - len(kept))
+    return {**kept, **more}

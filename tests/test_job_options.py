@@ -35,13 +35,13 @@ def xl(tmp_path_factory) -> str:
     return state_dict(tmp_path_factory.mktemp("xl"), "google/flan-t5-xl", int(5.7 * GB))
 
 
-def published_command(path: str, *more: str) -> list[str]:
+def published_command(path: str, *more: str, model: str = "google/flan-t5-xl") -> list[str]:
     """The published sample's flags, without the machine type."""
     return [
         "--messages-topic=projects/my-project/topics/messages",
         "--responses-topic=projects/my-project/topics/responses",
         f"--state-dict-path={path}",
-        "--model-name=google/flan-t5-xl",
+        f"--model-name={model}",
         "--runner=DataflowRunner",
         "--project=my-project",
         "--region=us-central1",
@@ -53,10 +53,10 @@ def published_command(path: str, *more: str) -> list[str]:
 def capture(xl, bucket, tmp_path):
     """Gives the job, as JSON, that a command line would submit."""
 
-    def capture(*more: str, path: str = xl) -> dict:
+    def capture(*more: str, path: str = xl, model: str = "google/flan-t5-xl") -> dict:
         template = tmp_path / "job.json"
         places = [f"--temp_location=gs://{bucket.name}/temp", f"--template_location={template}"]
-        assert not pipeline.run([*published_command(path), *places, *more]).has_job
+        assert not pipeline.run([*published_command(path, model=model), *places, *more]).has_job
         return json.loads(template.read_text())
 
     return capture
@@ -102,9 +102,21 @@ def test_a_gpu_job_names_its_accelerator_and_its_driver(capture):
     assert (workers["numWorkers"], workers["autoscalingSettings"]["maxNumWorkers"]) == (1, 4)
 
 
+def test_a_state_dict_of_another_model_is_refused_before_a_worker_starts(capture):
+    with pytest.raises(OptionError, match="was made from"):
+        capture(model="google/flan-t5-small")
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("inf"), float("nan")])
+def test_a_run_without_an_end_is_refused_before_it_starts(minutes, xl):
+    with pytest.raises(OptionError, match="above 0"):
+        options = PipelineOptions([])
+        set_defaults(options, model_name="google/flan-t5-xl", state_dict_path=xl, max_run_minutes=minutes)
+
+
 def test_a_model_that_is_too_large_for_one_gpu_gets_a_larger_one(tmp_path, capture):
     xxl = state_dict(tmp_path, "google/flan-t5-xxl", int(22.27 * GB))
-    job = capture("--device=cuda", path=xxl)
+    job = capture("--device=cuda", path=xxl, model="google/flan-t5-xxl")
     assert pool(job)["machineType"] == "a2-ultragpu-1g"
     assert (
         "worker_accelerator=type:nvidia-a100-80gb;count:1;install-nvidia-driver"

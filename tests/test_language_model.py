@@ -134,6 +134,11 @@ def failing(path, *, poison=-1, largest=1000) -> FailsOn:
     return model
 
 
+def test_a_prompt_over_the_batchs_budget_fails_rather_than_fill_the_memory(state_dicts):
+    [answer] = load(state_dicts["t5_tied"]).ask(["x" * 300], GENERATION, max_batch_tokens=200)
+    assert "over the 200" in answer.error
+
+
 def test_only_the_poisonous_prompt_of_a_batch_fails(state_dicts):
     model = failing(state_dicts["t5_tied"], poison=len("poison") + 1)
     answers = model.ask(["a", "bb", "poison", "dd", "e"], GENERATION)

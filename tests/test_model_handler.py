@@ -126,6 +126,13 @@ def test_a_conversion_for_this_machine_is_made_once_and_mapped(llama, tmp_path):
     assert tied[0].data_ptr() == tied[1].data_ptr()
 
 
+def test_a_conversion_that_overflows_is_refused(llama, tmp_path):
+    big = changed_checkpoint(llama[0], tmp_path / "checkpoint", scale=1e6)
+    convert(big, tmp_path / "big.pt", "float32", progress=False)
+    with pytest.raises(LoadError, match="does not fit into float16"):
+        fetch(str(tmp_path / "big.pt"), torch.float16, tmp_path / "cache")
+
+
 def test_a_state_dict_of_another_model_is_refused(llama):
     with pytest.raises(LoadError, match="was made from"):
         LanguageModelHandler(llama[1], "google/flan-t5-small").load_model()
@@ -154,12 +161,12 @@ def answer(handler, prompts) -> list:
     return [result.inference for result in handler.run_inference(prompts, handler.load_model())]
 
 
-def changed_checkpoint(folder, target, kind="llama") -> str:
+def changed_checkpoint(folder, target, kind="llama", scale=1.0) -> str:
     """The checkpoint with other weights, under the same name as a model."""
     model = save_checkpoint(kind, target)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter.flip(0))
+            parameter.copy_(parameter.flip(0) * scale)
     model.save_pretrained(target)
     return str(target)
 

@@ -83,6 +83,7 @@ def test_large_payloads_and_full_attributes_come_out_too(model):
             PubsubMessage(b"", {"a": "b"}, "3"),
             PubsubMessage("é".encode() * 300, {"error": "its own"}, "4"),
             PubsubMessage(b"Hi", {"prompt_message_id": "forged"}, "5"),
+            PubsubMessage(b"Hi", {"googclient_deliveryattempt": "2", "own": "kept"}, "6"),
         ],
         model,
     )
@@ -122,6 +123,20 @@ def test_windows_and_timestamps_are_kept(model):
         assert_that(responses | beam.Map(when), check)
 
 
+def test_nothing_is_sent_that_pubsub_refuses():
+    """Else publishing it would fail, and be tried again, for ever."""
+    attributes = {"googclient_deliveryattempt": "2", "own": "kept"}
+    response = to_response((PubsubMessage(b"Hi", attributes, "1"), "text"), "model")
+    assert response.attributes["own"] == "kept"
+    assert response.attributes["attributes_left_out"] == "1"
+    assert not [name for name in response.attributes if name.startswith("goog")]
+    largest = PubsubMessage(b"\xff" * 9_999_000, {"a": "b" * 900}, "1")
+    letter = to_dead_letter(FailedPrompt((largest, ""), "e" * 2000), "model")
+    size = len(letter.data) + sum(len(f"{name}{value}") for name, value in letter.attributes.items())
+    assert size < 10_000_000
+    assert int(letter.attributes["data_bytes_cut"]) == len(largest.data) - len(letter.data) > 0
+
+
 def test_errors_longer_than_an_attribute_may_be_are_cut():
     message = PubsubMessage(b"Hi", None, "1")
     letter = to_dead_letter(FailedPrompt((message, "Hi"), "é" * 2000), "model")
@@ -137,6 +152,13 @@ def test_errors_longer_than_an_attribute_may_be_are_cut():
     [
         ([], "required"),
         (["--messages-topic=t", "--messages-subscription=s"], "not allowed with"),
+        (
+            [
+                *("--messages-topic=t", "--responses-topic=r", "--state-dict-path=p", "--model-name=m"),
+                "--max-run-minute=5",
+            ],
+            "do you mean --max-run-minutes",
+        ),
         (
             [
                 "--messages-topic=t",

@@ -26,6 +26,17 @@ def test_what_is_published_is_collected_with_its_id_and_attributes(topic):
     assert sum(arrived) == 2
 
 
+def test_answers_are_matched_to_their_prompts_once(topic):
+    subscription = pubsub.create_subscription(topic, "answers")
+    for prompt_id, text in (("1", "one"), ("1", "one again"), ("7", "another's"), ("2", "two")):
+        pubsub.publish(topic, [text], prompt_message_id=prompt_id)
+    pubsub.publish(topic, ["of no prompt"])
+    answers = pubsub.collect_answers(subscription, ["1", "2"], timeout=20)
+    assert answers["1"].data in (b"one", b"one again")
+    assert answers["2"].data == b"two"
+    assert set(pubsub.collect_answers(subscription, ["3"], timeout=1)) == set()
+
+
 def test_collect_ends_when_its_time_is_over(topic):
     subscription = pubsub.create_subscription(topic, "silent")
     started = time.monotonic()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import yaml
 from papermill.exceptions import PapermillExecutionError
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -21,7 +22,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 CELL_SECONDS = 1800
 
 
-def execute(source: Path, folder: Path, parameters: dict[str, str]) -> Path:
+def execute(source: Path, folder: Path, parameters: dict[str, object]) -> Path:
     """Executes a notebook; the copy appears in `folder` when it has run to its end.
 
     Raises:
@@ -91,12 +92,13 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     # Of no use to a reader: a warning of the kernel's debugger.
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    parameters = {name: yaml.safe_load(value) for name, value in arguments.parameter}
     started, last = time.monotonic(), None
     for number, source in enumerate(sources, start=1):
         begun = time.monotonic()
         print(f"[{number}/{len(sources)}] {source.stem} ...", flush=True)
         try:
-            done = execute(source, arguments.out, dict(arguments.parameter))
+            done = execute(source, arguments.out, parameters)
         except PapermillExecutionError as error:
             failed = arguments.out / f"{source.stem}.failed.ipynb"
             print(f"{source.stem} failed in cell In [{error.exec_count}]:\n{error.ename}: {error.evalue}")

@@ -55,6 +55,5 @@ def _update(key: _Key, value: _Value, tentative: bool) -> Any:
         update.kind = "Distribution"
         json_format.ParseDict(value, update.distribution)
     else:
-        update.kind = "Sum"
         update.scalar.number_value = value
     return update
