@@ -21,7 +21,9 @@ from .messages import Batch, Intake
 from .service import Service, user_metrics
 
 MAX_MESSAGES = 100
-SLOW_BATCH_SECONDS = 5.0  # a batch that takes longer is followed by a smaller one
+SLOW_BATCH_SECONDS = 20.0  # a batch that takes longer is followed by a smaller one
+# Not by one below this size, though: a language model answers eight prompts in little more time than one.
+LEAST_MESSAGES = 8
 RETRY_SECONDS = 10  # so long a message that failed alone stays away
 MAX_PAUSE_SECONDS = 10.0
 
@@ -46,7 +48,7 @@ def run(pipeline: Any, options: Any, intake: Intake, service: Service) -> None:
     graph.make_bounded(pipeline)
     graph.use_this_process(pipeline)
     runner = FnApiRunner()
-    size, failures = 1, 0
+    size, failures = LEAST_MESSAGES, 0
     service.running(subscriptions=intake.own_subscriptions)
     while not service.draining.is_set():
         try:
@@ -78,7 +80,8 @@ def run(pipeline: Any, options: Any, intake: Intake, service: Service) -> None:
             continue
         intake.acknowledge(batch)
         seconds, failures = time.monotonic() - start, 0
-        size = min(MAX_MESSAGES, size * 2) if seconds < SLOW_BATCH_SECONDS else max(1, size // 2)
+        is_slow = seconds >= SLOW_BATCH_SECONDS and size > LEAST_MESSAGES
+        size = max(LEAST_MESSAGES, size // 2) if is_slow else min(MAX_MESSAGES, size * 2)
         service.metrics(user_metrics(result))
         service.progress()
         log.info("%d messages in %.2f s", len(batch.elements), seconds)
