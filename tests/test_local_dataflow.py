@@ -325,8 +325,12 @@ def test_a_message_that_always_fails_comes_again_and_lets_others_pass(jobs, pubs
     assert "ValueError: cannot answer bad" in errors[0]
     jobs.ask(job_id, "CANCELLED")
     jobs.wait_for(job_id, "CANCELLED")
-    (left,) = pubsub.collect(source, 1, seconds=30)
-    assert left.data == b"bad"
+    # With it may come what was answered and, as the job was cancelled, not acknowledged any more.
+    left: set[bytes] = set()
+    for _ in range(3):
+        if b"bad" not in left:
+            left |= {m.data for m in pubsub.collect(source, 1, seconds=20)}
+    assert b"bad" in left
 
 
 def test_a_windowed_sum_of_a_topic_is_complete_when_the_job_is_drained(jobs, pubsub):

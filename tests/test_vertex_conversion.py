@@ -181,7 +181,7 @@ def test_ctrl_c_asks_whether_to_cancel(is_terminal, answer, goes_on, cloud, buck
         ({"disk_size_gb": 50}, ValueError, "give 100 or more"),
         ({"timeout_minutes": 0}, ValueError, "give 1 or more"),
         ({"dtype": "int8"}, ValueError, "not one of float16"),
-        ({"model_name": "./nowhere"}, ValueError, "nowhere has no config"),
+        ({"model_name": "./nowhere"}, ValueError, "There is no folder nowhere"),
         ({"location": "atlantis"}, JobError, "atlantis, did not take the job"),
     ],
 )
