@@ -19,13 +19,12 @@ from helpers.manifest import Manifest, read_manifest
 from helpers.package import build_wheel
 from helpers.packaged_model import default_cache
 from helpers.process_memory import machine_memory_bytes
-from helpers.sizing import size_model
+from helpers.sizing import MINIMUM_DISK_GB, size_model
 from helpers.whole_file import free_bytes
 
 # Vertex AI pulls from Docker Hub: https://cloud.google.com/vertex-ai/docs/training/create-custom-container
 IMAGE = "python:3.12-slim"
 
-MINIMUM_DISK_GB = 100
 TIMEOUT_MINUTES = 240
 
 # An image that has torch keeps it. Otherwise torch comes from the index that is given, or with CUDA, which is
