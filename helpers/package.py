@@ -6,11 +6,11 @@ the internet can install it too.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.metadata
 import zipfile
 from pathlib import Path
-
-from wheel.wheelfile import WheelFile
 
 DISTRIBUTION = "streaming-llm-helpers"
 WHEEL_METADATA = "Wheel-Version: 1.0\nGenerator: helpers.package\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -42,18 +42,28 @@ def build_wheel(folder: str | Path) -> Path:
     stem = f"{DISTRIBUTION.replace('-', '_')}-{distribution.version}"
     path = Path(folder) / f"{stem}-py3-none-any.whl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # WheelFile writes RECORD, with the checksum of every file, as it closes.
-    with WheelFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
-        for file in sorted(source.rglob("*")):
-            if file.is_file() and not LEFT_OUT.intersection(file.parts) and file.suffix != ".pyc":
-                _add(wheel, f"{source.name}/{file.relative_to(source).as_posix()}", file.read_bytes())
-        _add(wheel, f"{stem}.dist-info/METADATA", metadata.encode())
-        _add(wheel, f"{stem}.dist-info/WHEEL", WHEEL_METADATA.encode())
+    files = {
+        f"{source.name}/{file.relative_to(source).as_posix()}": file.read_bytes()
+        for file in sorted(source.rglob("*"))
+        if file.is_file() and not LEFT_OUT.intersection(file.parts) and file.suffix != ".pyc"
+    }
+    files[f"{stem}.dist-info/METADATA"] = metadata.encode()
+    files[f"{stem}.dist-info/WHEEL"] = WHEEL_METADATA.encode()
+    record = f"{stem}.dist-info/RECORD"
+    files[record] = _record(files, record)
+    # The `wheel` package's writer gives RECORD the time of writing, so two wheels of the same files differ.
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, data in files.items():
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            wheel.writestr(entry, data, zipfile.ZIP_DEFLATED)
     return path
 
 
-def _add(wheel: WheelFile, name: str, data: bytes) -> None:
-    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.compress_type = zipfile.ZIP_DEFLATED
-    entry.external_attr = 0o644 << 16
-    wheel.writestr(entry, data)
+def _record(files: dict[str, bytes], record: str) -> bytes:
+    """RECORD: the name, SHA-256 and size of every file, and its own name alone (packaging.python.org)."""
+    lines = []
+    for name, data in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        lines.append(f"{name},sha256={digest},{len(data)}")
+    return "\n".join([*lines, f"{record},,", ""]).encode()
