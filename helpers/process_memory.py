@@ -139,12 +139,12 @@ def _samples_until_done(child: subprocess.Popen, deadline: float) -> tuple[list[
             raise TimeoutError
         with contextlib.suppress(ProcessLookupError):  # it has just ended: poll() will say so
             samples.append(memory_of(child.pid))
-            highest = max(highest, samples[-1].resident, _high_water_mark(child.pid))
+            highest = max(highest, samples[-1].resident, high_water_mark(child.pid))
         time.sleep(max(SHORTEST_SECONDS, (time.monotonic() - started) / SAMPLING_SHARE))
     return samples, highest
 
 
-def _high_water_mark(pid: int) -> int:
+def high_water_mark(pid: int) -> int:
     """The largest resident set that a process has had so far; 0 where the system does not tell."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Measures this project beside the usual way, in one run: `python tools/bench.py [--out FILE] [--quick]`.
+"""Measures this project beside the usual way, in one run: `make bench`, or `python tools/bench.py --help`.
 
 Compared, on random weights of flan-t5-large's shape: `from_pretrained` with `torch.save`, and this project's
 conversion; Beam's stock PyTorch handler, and this project's, on the same state dict. And the packaged model
@@ -7,21 +7,27 @@ asked one prompt at a time in float32, and in batches. The last line printed is 
 
 import argparse
 import json
-import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+
+from helpers.process_memory import high_water_mark, memory_of
 
 RESPONSE_TOKENS = 16
 PROMPT_TOKENS = 32
-SAMPLE_SECONDS = 0.05
 CHILD_SECONDS = 600
+ROUNDS = 3
+MEASURED = ("load_seconds", "tokens_per_second", "peak_bytes", "rest_bytes")
 
 
 def load_stock(state_dict_path: str, cache: str):
-    """Beam's handler, as the published sample configures it."""
+    """Beam's handler, as the published sample configures it: a function that loads the model."""
     from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
     from transformers import AutoConfig, T5ForConditionalGeneration
 
@@ -35,7 +41,9 @@ def load_stock(state_dict_path: str, cache: str):
 
 
 def load_ours(state_dict_path: str, cache: str):
-    """This project's handler."""
+    """This project's handler: a function that loads the model."""
+    import transformers.models.t5.modeling_t5  # noqa: F401 - the stock handler's side has it imported too
+
     from helpers.model_handler import LanguageModelHandler
 
     handler = LanguageModelHandler(state_dict_path, cache_dir=cache)
@@ -43,7 +51,9 @@ def load_ours(state_dict_path: str, cache: str):
 
 
 def serve(which: str, state_dict_path: str, cache: str) -> None:
-    """A worker's side: loads, answers, tells how long each took, and stays until its input ends."""
+    """A worker's side: loads, answers, tells how long each took, and stays until it is stopped."""
+    # A worker has no notebook packages, which Beam's BigQuery client would import for its progress bars.
+    sys.modules.update({"IPython": None, "ipywidgets": None})
     import torch
     import transformers
 
@@ -62,68 +72,83 @@ def serve(which: str, state_dict_path: str, cache: str) -> None:
             )
         return RESPONSE_TOKENS / (time.perf_counter() - begun)
 
-    rates = sorted(answer() for _ in range(4))
+    answer()  # the first one prepares kernels and reads the weights
+    rate = statistics.median(answer() for _ in range(5))
     dtype = str(model.dtype).removeprefix("torch.")
-    print(json.dumps({"load_seconds": loaded, "tokens_per_second": rates[-2], "dtype": dtype}), flush=True)
+    print(json.dumps({"load_seconds": loaded, "tokens_per_second": rate, "dtype": dtype}), flush=True)
     sys.stdin.read()
 
 
-def run_workers(which: str, state_dict_path: str, cache: str, count: int = 1) -> dict:
-    """Starts workers together; their reports, and the memory of all of them at its highest and at rest."""
-    from helpers.process_memory import memory_of
-
+def run_workers(which: str, state_dict_path: str, cache: str, count: int = 1) -> list[dict]:
+    """Starts workers together, and lets each wait until all have answered; returns their reports."""
     command = [sys.executable, __file__, "--serve", which, state_dict_path, cache]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen(command, **pipes) for _ in range(count)]
-    peak, deadline = 0, time.monotonic() + CHILD_SECONDS
+    deadline = time.monotonic() + CHILD_SECONDS
+    watchdog = threading.Timer(CHILD_SECONDS, lambda: [worker.kill() for worker in workers])
+    watchdog.start()
     try:
-        for worker in workers:
-            os.set_blocking(worker.stdout.fileno(), False)
-        lines: dict[int, str] = {}
-        while len(lines) < count:
-            if time.monotonic() > deadline or any(worker.poll() is not None for worker in workers):
-                raise RuntimeError(f"a {which} worker did not report")
-            peak = max(peak, sum(memory_of(worker.pid).proportional or 0 for worker in workers))
-            for worker in workers:
-                if worker.pid not in lines and (line := worker.stdout.readline()):
-                    lines[worker.pid] = line
-            time.sleep(SAMPLE_SECONDS)
-        at_rest = sum(memory_of(worker.pid).proportional or 0 for worker in workers)
-        reports = [json.loads(line) for line in lines.values()]
+        reports = [json.loads(worker.stdout.readline() or "null") for worker in workers]
+        if None in reports:
+            late = time.monotonic() > deadline
+            raise RuntimeError(f"a {which} worker {'took too long' if late else 'failed: see above'}")
+        # Only now: reading this of a large process holds it up, and would spoil the times.
+        for worker, report in zip(workers, reports, strict=True):
+            report["rest_bytes"] = memory_of(worker.pid).proportional
+            report["peak_bytes"] = high_water_mark(worker.pid)
+        return reports
     finally:
+        watchdog.cancel()
         for worker in workers:
-            worker.stdin.close()
-            try:
-                worker.wait(30)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-    return {**reports[0], "peak_bytes": peak, "rest_bytes": at_rest}
+            worker.kill()
+            worker.communicate()
 
 
-def bench_serving(model_name: str, folder: Path) -> dict:
-    """Load time, memory and rate of one worker each, and the memory of two of this project's."""
+def prepare(model_name: str, folder: Path) -> None:
+    """Writes a float16 state dict of random weights in the model's shape: model.pt in the folder."""
     from helpers.load_state_dict import convert
     from helpers.models import load_config
     from helpers.random_checkpoint import write_random_checkpoint
 
     checkpoint = write_random_checkpoint(load_config(model_name), folder / "checkpoint")
+    convert(str(checkpoint), folder / "model.pt", "float16", progress=False)
+
+
+def bench_serving(model_name: str, folder: Path) -> dict:
+    """Load time, memory and rate of one worker each, and the memory of two of this project's."""
+    # In a process of its own: if this one had torch's libraries in memory, the workers would share them.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(prepare, model_name, folder).result()
     path, cache = str(folder / "model.pt"), str(folder / "cache")
-    convert(str(checkpoint), path, "float16", progress=False)
-    first = run_workers("ours", path, cache)["load_seconds"]
-    rounds = {which: [run_workers(which, path, cache) for _ in range(2)] for which in ("stock", "ours")}
-    stock, ours = (min(rounds[which], key=lambda r: r["load_seconds"]) for which in ("stock", "ours"))
-    two = run_workers("ours", path, cache, count=2)
+    [first] = run_workers("ours", path, cache)
+    rounds: dict[str, list[dict]] = {"stock": [], "ours": []}
+    for _ in range(ROUNDS):
+        for which, reports in rounds.items():
+            reports += run_workers(which, path, cache)
+    stock, ours = (
+        {name: statistics.median(report[name] for report in rounds[which]) for name in MEASURED}
+        for which in ("stock", "ours")
+    )
+    two = sum(report["rest_bytes"] for report in run_workers("ours", path, cache, count=2))
     return {
         "model_name": model_name,
-        "stock": stock,
-        "ours": ours,
-        "ours_first_on_a_machine_load_seconds": first,
-        "two_of_ours_rest_bytes": two["rest_bytes"],
+        "rounds": ROUNDS,
+        "stock": stock | {"dtype": rounds["stock"][0]["dtype"]},
+        "ours": ours | {"dtype": rounds["ours"][0]["dtype"]},
+        "ours_first_on_a_machine_load_seconds": first["load_seconds"],
+        "two_of_ours_rest_bytes": two,
         "load_ratio": stock["load_seconds"] / ours["load_seconds"],
         "peak_memory_ratio": ours["peak_bytes"] / stock["peak_bytes"],
-        "two_processes_ratio": two["rest_bytes"] / ours["rest_bytes"],
+        "two_processes_ratio": two / ours["rest_bytes"],
         "rate_ratio": ours["tokens_per_second"] / stock["tokens_per_second"],
     }
+
+
+def bench_conversion(model_name: str) -> dict:
+    """What `tools/bench_convert.py` measures."""
+    import bench_convert
+
+    return bench_convert.bench(model_name, "float16", ROUNDS)
 
 
 def mixed_prompts(count: int) -> list[str]:
@@ -154,7 +179,7 @@ def bench_batches(prompts: int, folder: Path) -> dict:
     """Tokens a second of the packaged model: alone in float32, in batches, and through a pipeline."""
     import apache_beam as beam
 
-    from helpers.language_model import Generation
+    from helpers.language_model import Failure, Generation
     from helpers.load_state_dict import convert
     from helpers.model_handler import LanguageModelHandler
     from helpers.models import DEFAULT_MODEL
@@ -173,8 +198,10 @@ def bench_batches(prompts: int, folder: Path) -> dict:
             tokens += batch.response_tokens
 
         started = time.perf_counter()
-        model.ask(questions, generation, on_batch=count, **options)
+        answers = model.ask(questions, generation, on_batch=count, **options)
         seconds = time.perf_counter() - started
+        if failed := [answer.error for answer in answers if isinstance(answer, Failure)]:
+            raise RuntimeError(f"{len(failed)} prompts failed, so there is no rate: {failed[0]}")
         return tokens / seconds, seconds
 
     alone, _ = ModelSource(path, dtype="float32", cache_dir=cache).load()
@@ -208,21 +235,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measures this project beside the usual way.")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer prompts: a smoke test")
+    parser.add_argument("--only", nargs="+", choices=("conversion", "serving", "batches"), help="these alone")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(*arguments.serve)
         return
-    import bench_convert
-
+    model_name = "google/flan-t5-small" if arguments.quick else "google/flan-t5-large"
+    result = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        folder = Path(temporary)
-        model_name = "google/flan-t5-small" if arguments.quick else "google/flan-t5-large"
-        result = {
-            "conversion": bench_convert.bench(model_name, "float16", 3),
-            "serving": bench_serving(model_name, folder),
-            "batches": bench_batches(16 if arguments.quick else 200, folder),
+        sections = {
+            "serving": lambda: bench_serving(model_name, Path(temporary)),
+            "conversion": lambda: bench_conversion(model_name),
+            "batches": lambda: bench_batches(16 if arguments.quick else 200, Path(temporary)),
         }
+        for name in arguments.only or sections:
+            started = time.monotonic()
+            result[name] = sections[name]()
+            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

@@ -1,0 +1,75 @@
+"""Faster answers to a prompt that is alone, in bfloat16 on a CPU.
+
+Once the prompt has been read, each step of a lone response multiplies every weight matrix by a single row. In
+bfloat16, torch hands that to oneDNN, which is made for many rows. Torch's own routine for one row reads the
+weights far faster: measured on two cores of an AMD EPYC with AVX512-BF16, torch 2.13, 25 GB/s against 9, and
+1.6 times as many tokens a second of flan-t5-large and SmolLM2-135M. From two rows on oneDNN is as fast or
+faster, and for a prompt's many rows much faster, so the steps of a lone response are all that changes.
+
+CPUs with AMX are left alone: nothing was measured on them.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# torch's switch for oneDNN is of the whole process. It stays off while any thread is in such a step: another
+# model's thread would be slower for as long, and as right.
+_lock = threading.Lock()
+_steps_under_way = 0
+_this_thread = threading.local()
+
+
+def is_worthwhile(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this machine answers a lone prompt faster this way."""
+    has = torch.cpu.get_capabilities()
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and bool(has.get("avx512_bf16"))
+        and not has.get("amx_bf16")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def speed_up_single_rows(model: PreTrainedModel) -> None:
+    """Makes the model's steps of a lone response use torch's own routine; all others stay as they are."""
+    model.register_forward_pre_hook(_enter, with_kwargs=True)
+    model.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+
+
+def _is_single_row(inputs: dict[str, Any]) -> bool:
+    """Whether this is a step after the first: the first also reads the prompt, or an encoder's output."""
+    ids = inputs.get("decoder_input_ids")
+    ids = inputs.get("input_ids") if ids is None else ids
+    cache = inputs.get("past_key_values")
+    return ids is not None and ids.shape == (1, 1) and cache is not None and cache.get_seq_length() > 0
+
+
+def _enter(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    global _steps_under_way
+    _this_thread.in_step = False
+    if not _is_single_row(kwargs):
+        return
+    with _lock:
+        if _steps_under_way or torch.backends.mkldnn.enabled:  # else it is the user who has switched it off
+            _steps_under_way += 1
+            _this_thread.in_step = True
+            torch.backends.mkldnn.enabled = False
+
+
+def _leave(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    global _steps_under_way
+    if not getattr(_this_thread, "in_step", False):
+        return
+    _this_thread.in_step = False
+    with _lock:
+        _steps_under_way -= 1
+        if not _steps_under_way:
+            torch.backends.mkldnn.enabled = True
