@@ -85,7 +85,8 @@ class AskModel(beam.PTransform):
         self._catch = True
         return self
 
-    def expand(self, prompts: PCollection) -> PCollection | tuple[PCollection, PCollection]:
+    # No return type: Beam takes it for the elements' and warns of a union.
+    def expand(self, prompts: PCollection):
         results = (
             prompts
             | "Note time" >> beam.ParDo(_note_time, self._keyed)
