@@ -4,6 +4,7 @@
     python -m helpers.dataflow watch   --project P --region R [--minutes M] JOB
     python -m helpers.dataflow drain   --project P --region R JOB
     python -m helpers.dataflow cancel  --project P --region R JOB
+    python -m helpers.dataflow scale   --project P --region R --workers LEAST MOST JOB
     python -m helpers.dataflow reap    --project P --region R [--overdue]
 
 JOB is a job's id or name. ``reap`` drains every job that these notebooks started; with ``--overdue``, those
@@ -24,7 +25,8 @@ from google.auth.exceptions import GoogleAuthError
 
 from helpers import pipeline
 from helpers.dataflow_job import TERMINAL, Job, JobError, Status
-from helpers.job_list import ListedJob, find_active, find_name, list_series, reap
+from helpers.job_guard import DRAIN_LABEL
+from helpers.job_list import ListedJob, find_name, list_series, reap
 from helpers.job_options import valid_job_name
 
 __all__ = [
@@ -33,7 +35,6 @@ __all__ = [
     "JobError",
     "ListedJob",
     "Status",
-    "find_active",
     "find_name",
     "list_series",
     "reap",
@@ -97,6 +98,10 @@ def submit(
 
     Raises:
         JobError: the name is in use, or Dataflow does not take the job; the message says what to do.
+        CommandLineError, OptionError: a value out of its range, or options that do not go together.
+        TypeError: an option that ``helpers.pipeline`` does not have.
+        MachineTypeError, SizingError: no machine is large enough, or the model is of no known kind.
+        FileNotFoundError, PermissionError, StorageError: the state dict cannot be read.
     """
     handler_flags = _flags({name.replace("_", "-"): value for name, value in handler_options.items()})
     arguments = _flags(
@@ -159,6 +164,9 @@ def update(
     if state != "RUNNING":
         raise JobError(f"Only a running job can be updated, and {job.job_id} is {state}: submit a new one.")
     options = [*arguments.pop("beam_options", ()), "--update"]
+    deadline = described.labels.get(DRAIN_LABEL)
+    if deadline and arguments.get("max_run_minutes") is None:
+        options.append(f"--labels={DRAIN_LABEL}={deadline}")  # the old job's guard holds the new one to it
     if transform_name_mapping:
         options.append(f"--transform_name_mapping={json.dumps(dict(transform_name_mapping))}")
     new = submit(
@@ -206,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         one.add_argument("job", metavar="JOB", help="its id or name")
         if command == "watch":
             one.add_argument("--minutes", type=float, default=10.0, help="how long at most (default: 10)")
+    scaler = commands.add_parser("scale", parents=[common], help="set how many workers a job may choose")
+    scaler.add_argument("--workers", nargs=2, type=int, required=True, metavar=("LEAST", "MOST"))
+    scaler.add_argument("job", metavar="JOB", help="its id or name")
     reaper = commands.add_parser("reap", parents=[common], help="drain the jobs that these notebooks started")
     reaper.add_argument("--overdue", action="store_true", help="only those whose time is over")
     arguments = parser.parse_args(argv)
@@ -230,6 +241,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.command == "watch":
             for status in job.watch(seconds=arguments.minutes * 60):
                 _print(status.row())
+        elif arguments.command == "scale":
+            job.scale(*arguments.workers)
         else:
             _print({"state": job.drain() if arguments.command == "drain" else job.cancel()})
 

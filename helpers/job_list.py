@@ -85,11 +85,6 @@ def list_series(project: str, location: str) -> list[ListedJob]:
     return [listed for listed in list_active(project, location) if listed.of_this_series]
 
 
-def find_active(project: str, location: str, prefix: str) -> list[Job]:
-    """The jobs under way whose name begins with ``prefix``: left, perhaps, by an earlier run."""
-    return [listed.job for listed in list_active(project, location) if listed.name.startswith(prefix)]
-
-
 def find_name(project: str, location: str, name: str) -> Job | None:
     """The job under way of exactly this name, if there is one."""
     return next((one.job for one in list_active(project, location) if one.name == name), None)

@@ -97,16 +97,9 @@ def set_defaults(
         )
     worker = options.view_as(WorkerOptions)
     if not worker.machine_type:
-        batch_size = min(
-            max_batch_size, max_batch_tokens // (WORKLOAD["prompt_tokens"] + max_response_tokens)
-        )
-        sizing = size_for_serving(
-            state_dict_path,
-            manifest,
-            on_gpu=(device or "").startswith("cuda"),
-            batch_size=max(1, batch_size),
-            response_tokens=max_response_tokens,
-        )
+        workload = workload_of(max_response_tokens, max_batch_size, max_batch_tokens)
+        on_gpu = (device or "").startswith("cuda")
+        sizing = size_for_serving(state_dict_path, manifest, on_gpu=on_gpu, **workload)
         worker.machine_type = sizing.serve.machine.name
     cloud = options.view_as(GoogleCloudOptions)
     _set_accelerator(cloud, worker.machine_type, device)
@@ -119,6 +112,15 @@ def set_defaults(
         # Two runs may be under way at a time; the name tells which is which.
         cloud.job_name = valid_job_name(f"ask-{Path(model_name).name}")[:47].rstrip("-")
         cloud.job_name += time.strftime("-%Y%m%d-%H%M%S")
+
+
+def torch_threads(options: PipelineOptions) -> int | None:
+    """Threads of torch for each process of a worker; None for torch's own choice, one for each vCPU.
+
+    With ``--experiments=use_multiple_sdk_containers`` there is a process for each vCPU already.
+    """
+    many = options.view_as(DebugOptions).lookup_experiment("use_multiple_sdk_containers")
+    return 1 if many else None
 
 
 def stage_helpers(options: PipelineOptions, folder: str) -> None:
@@ -134,6 +136,18 @@ def stage_helpers(options: PipelineOptions, folder: str) -> None:
     """
     setup = options.view_as(SetupOptions)
     setup.extra_packages = [*(setup.extra_packages or []), str(build_wheel(folder))]
+
+
+def workload_of(
+    max_response_tokens: int = 256, max_batch_size: int = 32, max_batch_tokens: int = 32_768
+) -> dict[str, int]:
+    """What a machine is chosen for, from the handler's arguments of the same names."""
+    largest = max_batch_tokens // (WORKLOAD["prompt_tokens"] + max_response_tokens)
+    return {
+        "batch_size": max(1, min(max_batch_size, largest)),
+        "prompt_tokens": WORKLOAD["prompt_tokens"],
+        "response_tokens": max_response_tokens,
+    }
 
 
 def size_for_serving(

@@ -7,6 +7,7 @@ process fetch while the others wait.
 from __future__ import annotations
 
 import base64
+import glob
 import hashlib
 import logging
 import os
@@ -67,11 +68,7 @@ def fetch(
         LoadError: it is not what its manifest says.
     """
     manifest = read_manifest(state_dict_path)
-    checksum = base64.b64decode(manifest.crc32c).hex()
-    name = Path(state_dict_path).stem
-    # The path is in the key because two models may share a name, the checksum because a file may be replaced.
-    path_key = hashlib.sha256(str(state_dict_path).encode()).hexdigest()[:8]
-    cache = Path(cache_dir or default_cache()) / f"{name}-{path_key}-{checksum}"
+    cache = _folder_of(state_dict_path, manifest.crc32c, cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
     convert = dtype is not None and manifest.dtype != _name(dtype)
     with FileLock(cache / "lock", timeout=LOCK_SECONDS):
@@ -97,6 +94,35 @@ def fetch(
                 file.unlink()  # the disk of a worker is paid for, and this copy has served its purpose
             file = converted
     return LocalStateDict(file, folder, manifest)
+
+
+def drop_older_copies(state_dict_path: str, crc32c: str, cache_dir: str | Path | None = None) -> None:
+    """Deletes this machine's copies of what was at the path before, for the room on the disk.
+
+    A process that still maps one goes on with it: its pages are there until it lets go of them.
+
+    Args:
+        state_dict_path: as for ``fetch``.
+        crc32c: of the state dict whose copies stay.
+        cache_dir: as for ``fetch``.
+    """
+    current = _folder_of(state_dict_path, crc32c, cache_dir)
+    key = current.name.removesuffix(_hex(crc32c))
+    for folder in current.parent.glob(f"{glob.escape(key)}*"):
+        if folder != current:
+            for file in folder.glob("*.pt"):
+                file.unlink(missing_ok=True)
+
+
+def _folder_of(state_dict_path: str, crc32c: str, cache_dir: str | Path | None) -> Path:
+    # The path is in the key because two models may share a name, the checksum because a file may be replaced.
+    path_key = hashlib.sha256(str(state_dict_path).encode()).hexdigest()[:8]
+    name = f"{Path(state_dict_path).stem}-{path_key}-{_hex(crc32c)}"
+    return Path(cache_dir or default_cache()) / name
+
+
+def _hex(crc32c: str) -> str:
+    return base64.b64decode(crc32c).hex()
 
 
 def _download_companions(state_dict_path: str, manifest: Manifest, folder: Path) -> None:

@@ -86,9 +86,9 @@ def read_manifest(state_dict_path: str | os.PathLike) -> Manifest:
     path = manifest_path(state_dict_path)
     try:
         text = storage.read_bytes(path)
+    except storage.BucketNotFoundError:
+        raise
     except FileNotFoundError as error:
-        if "bucket" in str(error):
-            raise
         raise FileNotFoundError(
             f"{path} does not exist: {state_dict_path} was not written, or not to its end, by "
             "`python -m helpers.load_state_dict`; run that again"

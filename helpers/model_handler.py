@@ -45,7 +45,7 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         seed: makes sampling repeatable.
         torch_threads: the threads of this process; None leaves torch's own choice, one for each core.
         reload_seconds: how often to look for a new state dict, of the same model, at the same path. The old
-            one answers until the new one is ready. None never looks.
+            one answers until the new one is ready. None looks only when Beam sets up a DoFn.
         cache_dir: where state dicts are copied to on a worker.
 
     Raises:

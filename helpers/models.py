@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parent / "model_configs"
 # One form of the weights is enough; a hub repository often holds several.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-COMPANIONS = ["*.json", "*.jinja", "*.model", "*.txt"]
+COMPANIONS = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 
 
 def resolve(model_name: str, cache_dir: str | Path | None = None) -> Path:

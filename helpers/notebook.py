@@ -21,6 +21,7 @@ from helpers.packaged_model import default_cache
 PACKAGES = ("apache-beam", "torch", "transformers", "google-cloud-aiplatform", "google-cloud-pubsub")
 
 _local: local_cloud.Child | None = None
+_google_project = ""
 
 
 class ConnectionFailed(RuntimeError):  # noqa: N818 - reads as what happened
@@ -67,8 +68,15 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
     Raises:
         ConnectionFailed: no credentials, no access to the bucket, or this kernel is connected elsewhere.
     """
+    global _google_project
     quiet()
     is_local = not project
+    if is_local and _google_project:
+        # Clients that exist already would go on talking to Google.
+        raise ConnectionFailed(
+            f"This kernel is connected to the project {_google_project!r}. To use this machine instead, "
+            "restart the kernel and run the notebook from the top."
+        )
     if is_local:
         project = _connect_to_this_machine()
     elif _local is not None or "LOCAL_CLOUD_PROJECT" in os.environ:
@@ -81,6 +89,8 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
 
         auth.authenticate_user(project_id=project)
     connection = Connection(project, location, bucket or f"{project}-streaming-llm", is_local)
+    if not is_local:
+        _google_project = project
     _create_bucket(connection)
     return connection
 
@@ -120,6 +130,11 @@ def _create_bucket(connection: Connection) -> None:
         raise ConnectionFailed(
             "There are no credentials for Google Cloud here. Run `gcloud auth application-default login`, or "
             f'leave the parameter project empty (project = "") to use this machine. ({error})'
+        ) from error
+    except (ValueError, exceptions.BadRequest) as error:
+        raise ConnectionFailed(
+            f"{connection.bucket!r} is no name for a bucket: use 3 to 63 lower-case letters, digits and "
+            "dashes, with a letter or digit at both ends."
         ) from error
     except exceptions.Conflict as error:
         raise ConnectionFailed(

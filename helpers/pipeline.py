@@ -21,7 +21,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import (
@@ -34,9 +34,7 @@ from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
 from helpers import job_guard, job_options
-from helpers.dataflow_job import JobError
 from helpers.job_list import check_name
-from helpers.storage import StorageError
 from helpers.transforms import AskMessages, AskModel
 
 __all__ = ["AskMessages", "AskModel", "build", "main", "parser", "run"]
@@ -91,9 +89,23 @@ def build(
         dead_letters | "Write dead letters" >> beam.io.WriteToPubSub(dead_letter_topic, with_attributes=True)
 
 
+class CommandLineError(ValueError):
+    """Arguments that are not understood; the message says which."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that raises, for callers from Python: argparse itself ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandLineError(message)
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line's own arguments; every other one is Beam's."""
-    arguments = argparse.ArgumentParser(
+    """The command line's own arguments; every other one is Beam's.
+
+    What it parses it may refuse with a ``CommandLineError``.
+    """
+    arguments = _Parser(
         prog="python -m helpers.pipeline",
         description="Answers Pub/Sub messages with a language model, in a streaming Beam pipeline.",
         epilog="Every other option is Beam's: --runner, --project, --region, --temp_location, ...",
@@ -149,7 +161,7 @@ def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult
     ``helpers.job_options``.
 
     Raises:
-        SystemExit: the command line is not understood.
+        CommandLineError: the command line is not understood.
         JobError: the job's name is in use, or there is no job of this name to update.
         OptionError, MachineTypeError, SizingError: options or models that no worker can serve.
         FileNotFoundError, PermissionError, StorageError: the state dict cannot be read.
@@ -170,6 +182,8 @@ def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult
             job_options.stage_helpers(options, folder)
         sizes = {name: values[name] for name in SIZE_ARGUMENTS if name in values}
         job_options.set_defaults(options, **sizes, **job)
+        if threads := job_options.torch_threads(options):
+            values.setdefault("torch_threads", threads)
         cloud, minutes = options.view_as(GoogleCloudOptions), job.get("max_run_minutes")
         if cloud.template_location or options.view_as(TestOptions).dry_run:
             if minutes is not None:
@@ -198,12 +212,22 @@ def _start(options: PipelineOptions, values: dict[str, Any]) -> beam.runners.run
     return pipeline.run()
 
 
+def end_with_usage(error: CommandLineError) -> NoReturn:
+    """Ends the process as argparse does: the usage and the error on stderr, exit code 2."""
+    parser().print_usage(sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: Iterable[str] | None = None) -> None:
     """The command line: starts the pipeline, and waits for it where the runner is this process."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         result = run(list(argv) if argv is not None else sys.argv[1:])
-    except (JobError, OSError, StorageError, ValueError, GoogleAPICallError, GoogleAuthError) as error:
+    except CommandLineError as error:
+        end_with_usage(error)
+    # RuntimeError: JobError, StorageError, a name that has just been taken, a package that is not installed.
+    except (OSError, RuntimeError, ValueError, GoogleAPICallError, GoogleAuthError) as error:
         sys.exit(f"error: {error}")
     if not hasattr(result, "job_id"):  # for a runner other than Dataflow's; with --dry_run it does nothing
         result.wait_until_finish()

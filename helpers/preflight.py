@@ -55,8 +55,13 @@ def preflight(
     job_name: str | None = None,
     machine_type: str | None = None,
     device: str | None = None,
+    **batch_options: int,
 ) -> list[Finding]:
     """Looks at everything that a job needs; the arguments are those of ``helpers.dataflow.submit``.
+
+    Args:
+        batch_options: ``max_response_tokens``, ``max_batch_size``, ``max_batch_tokens``, which a machine must
+            have the memory for.
 
     Returns:
         What was looked at. ``misses`` picks what is missing, ``require`` raises it.
@@ -77,7 +82,8 @@ def preflight(
     manifest_findings, manifest = _state_dict(state_dict_path, model_name)
     findings += manifest_findings
     if manifest:
-        findings += _machine(state_dict_path, manifest, machine_type, device)
+        workload = job_options.workload_of(**batch_options)
+        findings += _machine(state_dict_path, manifest, machine_type, device, workload)
     if job_name:
         findings += _job_name(project, location, job_options.valid_job_name(job_name))
     return findings
@@ -128,7 +134,7 @@ def _state_dict(path: str, model_name: str) -> tuple[list[Finding], Manifest | N
 
 
 def _machine(
-    path: str, manifest: Manifest, machine_type: str | None, device: str | None
+    path: str, manifest: Manifest, machine_type: str | None, device: str | None, workload: dict[str, int]
 ) -> Iterator[Finding]:
     machine = machine_types.CATALOGUE.get(machine_type or "")
     if machine_type and machine is None:
@@ -138,11 +144,11 @@ def _machine(
     subject = f"machine {machine_type or '(from sizing)'}"
     try:
         if machine is None:
-            sizing = job_options.size_for_serving(path, manifest, on_gpu=device == "cuda")
+            sizing = job_options.size_for_serving(path, manifest, on_gpu=device == "cuda", **workload)
             machine = sizing.serve.machine
             yield Finding(f"machine {machine.name}", detail="the smallest that holds the model")
             return
-        sizing = job_options.size_for_serving(path, manifest, family=machine.family)
+        sizing = job_options.size_for_serving(path, manifest, family=machine.family, **workload)
     except (MachineTypeError, SizingError, OSError, ValueError) as error:
         yield Finding(subject, MISS, str(error), "choose a smaller model, or another family of machines")
         return
@@ -183,12 +189,16 @@ def _job_name(project: str, location: str, name: str) -> Iterator[Finding]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 if nothing is missing, else 2; the misses are on stderr."""
-    arguments, beam_arguments = pipeline.parser().parse_known_args(argv)
+    try:
+        arguments, beam_arguments = pipeline.parser().parse_known_args(argv)
+    except pipeline.CommandLineError as error:
+        pipeline.end_with_usage(error)
     options = PipelineOptions(beam_arguments)
     cloud, worker = options.view_as(GoogleCloudOptions), options.view_as(WorkerOptions)
     given = vars(arguments)
     names = ("messages_topic", "messages_subscription", "responses_topic", "dead_letter_topic")
     names += ("state_dict_path", "model_name", "device")
+    names += ("max_response_tokens", "max_batch_size", "max_batch_tokens")
     if absent := [n for n in ("project", "region", "temp_location") if not getattr(cloud, n)]:
         print(f"error: give {', '.join(f'--{name}' for name in absent)}", file=sys.stderr)
         return 2

@@ -12,13 +12,13 @@ import time
 from dataclasses import dataclass
 
 from helpers.language_model import LanguageModel
-from helpers.local_state_dict import fetch
+from helpers.local_state_dict import drop_older_copies, fetch
 from helpers.manifest import read_manifest
 from helpers.model_loading import LoadError, choose_device, choose_dtype, load_model
 
 log = logging.getLogger(__name__)
 
-_served: dict[ModelSource, LanguageModel] = {}
+_served: dict[ModelSource, _Served] = {}
 _lock = threading.Lock()
 _loads = 0
 
@@ -56,24 +56,45 @@ class ModelSource:
         return LanguageModel(model, tokenizer, made_from), state_dict.manifest.crc32c
 
 
+@dataclass
+class _Served:
+    """A model in use.
+
+    Attributes:
+        checksum: of the state dict that it was loaded from.
+        is_watched: whether a thread looks for a new one.
+    """
+
+    language_model: LanguageModel
+    checksum: str
+    is_watched: bool = False
+
+
 def serve(source: ModelSource, reload_seconds: float | None = None) -> LanguageModel:
-    """The model from ``source``, loaded if this process has not done so yet.
+    """The model from ``source``, loaded if this process has not done so yet, or if its state dict is new.
 
     Args:
         source: where it comes from.
-        reload_seconds: how often to look for a new state dict at the same path; None never does. The old one
-            serves until the new one is ready, and goes on if the new one cannot be used.
+        reload_seconds: how often to look for a new state dict at the same path from now on. The old one
+            serves until the new one is ready, and goes on if the new one cannot be used. None looks only
+            when this function is called: who converts again in a notebook gets the new weights.
+
+    Raises:
+        FileNotFoundError, PermissionError, LoadError: as ``ModelSource.load``.
     """
     global _loads
     with _lock:
-        if source not in _served:
-            language_model, checksum = source.load()
-            _served[source] = language_model
+        served = _served.get(source)
+        if served is None or (not served.is_watched and _has_another(source, served)):
+            served = _served[source] = _Served(*source.load())
             _loads += 1
-            if reload_seconds is not None:
-                watch = _Watch(source, language_model, checksum, reload_seconds)
-                threading.Thread(target=watch.run, name="state dict watch", daemon=True).start()
-        return _served[source]
+        if reload_seconds is not None and not served.is_watched:
+            served.is_watched = True
+            watch = threading.Thread(
+                target=_watch, args=(source, served, reload_seconds), name="state dict watch", daemon=True
+            )
+            watch.start()
+        return served.language_model
 
 
 def forget(source: ModelSource) -> None:
@@ -90,30 +111,33 @@ def count_loads() -> int:
     return loads
 
 
-@dataclass
-class _Watch:
-    """Looks at a state dict's manifest, and takes up a new one."""
+def _watch(source: ModelSource, served: _Served, seconds: float) -> None:
+    while _served.get(source) is served:
+        time.sleep(seconds)
+        _take_up_new(source, served)
 
-    source: ModelSource
-    language_model: LanguageModel
-    checksum: str
-    seconds: float
 
-    def run(self) -> None:
-        while _served.get(self.source) is self.language_model:
-            time.sleep(self.seconds)
-            try:
-                self.look()
-            except Exception as error:  # the old one serves on; the next look may find a whole one
-                log.warning("The state dict at %s is not taken up: %s", self.source.state_dict_path, error)
+def _has_another(source: ModelSource, served: _Served) -> bool:
+    try:
+        return read_manifest(source.state_dict_path).crc32c != served.checksum
+    except Exception as error:  # it has been loaded, and serves
+        log.warning("The manifest of %s cannot be read: %s", source.state_dict_path, error)
+        return False
 
-    def look(self) -> None:
-        global _loads
-        if read_manifest(self.source.state_dict_path).crc32c == self.checksum:
+
+def _take_up_new(source: ModelSource, served: _Served) -> None:
+    """Looks at the state dict's manifest, and replaces the model that serves if there is another one."""
+    global _loads
+    try:
+        if read_manifest(source.state_dict_path).crc32c == served.checksum:
             return
-        new, checksum = self.source.load()
-        self.language_model.take_over(new)
-        self.checksum = checksum
-        with _lock:
-            _loads += 1
-        log.info("Took up the new state dict at %s", self.source.state_dict_path)
+        new, checksum = source.load()
+        served.language_model.take_over(new)
+    except Exception as error:  # the old one serves on; the next look may find a whole one
+        log.warning("The state dict at %s is not taken up: %s", source.state_dict_path, error)
+        return
+    served.checksum = checksum
+    with _lock:
+        _loads += 1
+    drop_older_copies(source.state_dict_path, checksum, source.cache_dir)
+    log.info("Took up the new state dict at %s", source.state_dict_path)

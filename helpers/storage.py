@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from google.cloud.storage import Blob, Client
 
 
+class BucketNotFoundError(FileNotFoundError):
+    """There is no such bucket."""
+
+
 def is_cloud(path: str | os.PathLike) -> bool:
     """Whether `path` names an object in Cloud Storage."""
     return str(path).startswith("gs://")
@@ -258,7 +262,7 @@ def _explained(path: str | os.PathLike) -> Iterator[None]:
         yield
     except exceptions.NotFound as error:
         if _names_the_bucket(error):
-            raise FileNotFoundError(
+            raise BucketNotFoundError(
                 f"bucket {bucket!r} of {path} does not exist: create it, or correct the path"
             ) from error
         raise FileNotFoundError(f"{path} does not exist: check the path, or write it first") from error

@@ -59,7 +59,7 @@ def test_a_job_answers_each_message_and_is_drained_with_nothing_lost(cloud, mode
     early = pubsub.publish(topics["messages"], ["early"], origin="test")
     job = submit(cloud, model, topics)
     assert job.wait_for("RUNNING", timeout=120) == "RUNNING"
-    assert [active.job_id for active in dataflow.find_active(cloud.project, LOCATION, "test-")]
+    assert job.job_id in [one.job.job_id for one in dataflow.list_series(cloud.project, LOCATION)]
     ids = early + pubsub.publish(topics["messages"], [f"prompt {n}" for n in range(20)], origin="test")
     bad = pubsub.publish(topics["messages"], [b"\xff", b"  "], origin="test")
 

@@ -186,6 +186,42 @@ def test_a_new_state_dict_is_taken_up_while_serving(llama, tmp_path):
     wait_until(lambda: answer(handler, prompts) == new, "the new state dict was not taken up")
 
 
+def test_a_swap_leaves_one_copy_on_the_disk(llama, tmp_path):
+    checkpoint, path, cache = tmp_path / "checkpoint", tmp_path / "model.pt", tmp_path / "cache"
+    convert(llama[0], path, "float16", progress=False)
+    options = {"max_response_tokens": 2, "dtype": "float32", "cache_dir": str(cache)}
+    handler = LanguageModelHandler(str(path), reload_seconds=0.05, **options)
+    answer(handler, ["Hi"])
+    (first,) = cache.glob("*/*.pt")
+    convert(changed_checkpoint(llama[0], checkpoint), path, "float16", overwrite=True, progress=False)
+    wait_until(lambda: not first.exists(), "the old copy is still there")
+    assert len(list(cache.glob("*/*.pt"))) == 1
+    assert answer(handler, ["Hi"])
+
+
+def test_who_converts_again_gets_the_new_weights_in_the_same_process(llama, tmp_path):
+    path = tmp_path / "model.pt"
+    convert(llama[0], path, "float32", progress=False)
+    handler = LanguageModelHandler(str(path), max_response_tokens=8)
+    old = answer(handler, ["Hi"])
+    assert answer(handler, ["Hi"]) == old
+    assert served_model.count_loads() == 0  # counted by the answers: one load for both
+    shutil.rmtree(path.with_suffix(""))
+    path.unlink()
+    convert(changed_checkpoint(llama[0], tmp_path / "c", "t5_tied"), path, "float32", progress=False)
+    assert answer(handler, ["Hi"]) != old
+
+
+def test_a_watch_can_be_asked_for_later(llama, tmp_path):
+    path = tmp_path / "model.pt"
+    convert(llama[0], path, "float32", progress=False)
+    model = LanguageModelHandler(str(path)).load_model()
+    weights = model.model
+    assert LanguageModelHandler(str(path), reload_seconds=0.05).load_model() is model
+    convert(changed_checkpoint(llama[0], tmp_path / "c"), path, "float32", overwrite=True, progress=False)
+    wait_until(lambda: model.model is not weights, "nobody looked for new weights")
+
+
 def test_the_old_state_dict_serves_on_when_the_new_one_is_of_another_kind_or_gone(llama, tmp_path, caplog):
     checkpoint, path = tmp_path / "checkpoint", tmp_path / "model.pt"
     save_checkpoint("llama", checkpoint)

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -27,6 +28,8 @@ def execute(source: Path, folder: Path, parameters: dict[str, object]) -> Path:
 
     Raises:
         PapermillExecutionError: a cell failed; NAME.failed.ipynb in `folder` shows which, and why.
+        DeadKernelError: the kernel died, for want of memory perhaps.
+        CellTimeoutError: a cell took longer than CELL_SECONDS.
     """
     target = folder / source.name
     running, failed = target.with_suffix(".running.ipynb"), target.with_suffix(".failed.ipynb")
@@ -41,8 +44,9 @@ def execute(source: Path, folder: Path, parameters: dict[str, object]) -> Path:
             execution_timeout=CELL_SECONDS,
         )
         running.replace(target)
-    except PapermillExecutionError:
-        running.replace(failed)
+    except Exception:
+        if running.is_file():
+            running.replace(failed)
         raise
     finally:
         running.unlink(missing_ok=True)
@@ -75,6 +79,10 @@ def answers(path: Path) -> str | None:
     return None
 
 
+def _tell_where(folder: Path, source: Path) -> None:
+    print(f"The notebook up to there: {folder / source.stem}.failed.ipynb", file=sys.stderr)
+
+
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Runs the notebooks in order.")
@@ -100,9 +108,12 @@ def main() -> int:
         try:
             done = execute(source, arguments.out, parameters)
         except PapermillExecutionError as error:
-            failed = arguments.out / f"{source.stem}.failed.ipynb"
             print(f"{source.stem} failed in cell In [{error.exec_count}]:\n{error.ename}: {error.evalue}")
-            print(f"The notebook up to there: {failed}", file=sys.stderr)
+            _tell_where(arguments.out, source)
+            return 1
+        except (DeadKernelError, CellTimeoutError) as error:
+            print(f"{source.stem} failed: {type(error).__name__}: {str(error).splitlines()[0]}")
+            _tell_where(arguments.out, source)
             return 1
         except KeyboardInterrupt:
             print(
