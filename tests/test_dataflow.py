@@ -168,6 +168,13 @@ def test_a_topic_that_does_not_exist_fails_the_job_and_is_named(cloud, model, to
         job.cancel(timeout=60)
 
 
+def test_a_value_out_of_range_is_an_error_and_does_not_end_the_kernel(cloud, model, topics):
+    with pytest.raises(ValueError, match="max-response-tokens: 0 is not 1 or more"):
+        submit(cloud, model, topics, max_response_tokens=0)
+    with pytest.raises(ValueError, match="there is no option --max-batch-sice"):
+        submit(cloud, model, topics, beam_options=["--max-batch-sice=4"])
+
+
 def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, topics, tmp_path):
     other = tmp_path / "other"
     save_checkpoint("t5_distinct", other)
@@ -181,7 +188,7 @@ def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, 
         "messages_subscription": topics["messages-subscription"],
         "max_response_tokens": 4,
     }
-    job = submit(cloud, model, topics)
+    job = submit(cloud, model, topics, beam_options=["--labels=drain_after=4000000000"])
     with pytest.raises(JobError, match="is PENDING"):
         dataflow.update(job, **changed)
     job.wait_for("RUNNING", timeout=120)
@@ -197,6 +204,7 @@ def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, 
     try:
         assert job.wait_for("UPDATED", timeout=60) == "UPDATED"
         assert job.successor() == new != job
+        assert job_guard.deadline_of(new, otherwise=5.0) == 4e9, "the time it must end by goes over too"
         after = pubsub.publish(topics["messages"], ["after"])
         responses = pubsub.collect(topics["responses-subscription"], 11, timeout=120)
         by_id = {m.attributes["prompt_message_id"]: m.attributes["model_name"] for m in responses}
@@ -252,6 +260,8 @@ def test_jobs_of_this_series_are_listed_and_reaped(cloud, model, topics, capsys)
     assert "backlog=–  answered=0" in capsys.readouterr().out
     assert dataflow.main(["reap", *where, "--overdue"]) == 0
     assert job.job_id in capsys.readouterr().out
+    assert dataflow.main(["scale", *where, "--workers", "1", "3", job.job_id]) == 2
+    assert "stay as they are" in capsys.readouterr().err
     assert job.state() in ("DRAINED", "CANCELLED")
     assert dataflow.main(["list", *where]) == 0
     assert job.job_id not in capsys.readouterr().out

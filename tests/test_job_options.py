@@ -12,7 +12,14 @@ import pytest
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
 from helpers import pipeline
-from helpers.job_options import OptionError, disk_gb, label_value, set_defaults, valid_job_name
+from helpers.job_options import (
+    OptionError,
+    disk_gb,
+    label_value,
+    set_defaults,
+    torch_threads,
+    valid_job_name,
+)
 from helpers.manifest import Manifest
 from helpers.model_configs import __path__ as CONFIGS
 
@@ -159,6 +166,9 @@ def test_what_the_user_gives_is_kept_and_merged(capture):
     assert {"shuffle_mode=auto", "use_multiple_sdk_containers"} <= set(environment["experiments"])
     assert "no_use_multiple_sdk_containers" not in environment["experiments"]
     assert workers["numThreadsPerWorker"] == 2
+    many = PipelineOptions(["--experiments=use_multiple_sdk_containers"])
+    assert torch_threads(many) == 1, "a process for each vCPU: one thread of torch in each"
+    assert torch_threads(PipelineOptions([])) is None
     assert environment["serviceOptions"] == ["enable_google_cloud_profiler", "streaming_mode_at_least_once"]
     assert workers["diskSizeGb"] == 77
     assert (workers["numWorkers"], workers["autoscalingSettings"]["maxNumWorkers"]) == (6, 6)

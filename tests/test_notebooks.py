@@ -15,6 +15,7 @@ import pytest
 from conftest import BEFORE, wait_until
 from tiny_models import save_checkpoint
 
+from helpers import notebook
 from helpers.models import DEFAULT_MODEL
 
 REPOSITORY = Path(__file__).parents[1]
@@ -111,6 +112,26 @@ def test_a_broken_notebook_fails_the_run_and_says_where(tmp_path):
     assert "00_test failed in cell In [3]" in run.stdout
     assert "ZeroDivisionError: division by zero" in run.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["00_test.failed.ipynb"]
+
+
+def test_a_kernel_that_dies_fails_the_run_without_a_traceback(tmp_path):
+    series_of_one(tmp_path, "a = 1", "import os; os.kill(os.getpid(), 9)")
+    run = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1
+    assert "00_test failed: DeadKernelError" in run.stdout
+    assert "Traceback" not in run.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00_test.failed.ipynb"]
+
+
+def test_a_kernel_stays_with_the_project_or_the_machine_it_is_connected_to(monkeypatch):
+    monkeypatch.setattr(notebook, "_google_project", "my-project")
+    with pytest.raises(notebook.ConnectionFailed, match="connected to the project 'my-project'"):
+        notebook.connect("")
+
+
+def test_a_bucket_whose_name_cannot_be_is_told(cloud):
+    with pytest.raises(notebook.ConnectionFailed, match="is no name for a bucket"):
+        notebook.connect(bucket="_No Name_")
 
 
 def test_ctrl_c_leaves_no_process_and_nothing_half_written(tmp_path):

@@ -152,6 +152,8 @@ def test_a_machine_without_room_for_the_model_is_a_miss(ready, storage_client):
     assert "--machine_type=n4-highmem-2" in miss.mend
     assert only_miss(xl, machine_type="n2-highmem-2").mend.startswith("give --machine_type=n2-highmem-4")
     assert misses(preflight(**xl, machine_type="n4-highmem-2")) == []
+    large = {"max_batch_size": 512, "max_batch_tokens": 512 * 1024, "max_response_tokens": 512}
+    assert "GB for it" in only_miss(xl, machine_type="n4-highmem-2", **large).detail
 
 
 def test_the_command_line_takes_the_jobs_own_and_says_what_is_missing(ready, tmp_path):
