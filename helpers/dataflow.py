@@ -24,10 +24,10 @@ from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
 from helpers import pipeline
-from helpers.dataflow_job import TERMINAL, Job, JobError, Status
-from helpers.job_guard import DRAIN_LABEL
-from helpers.job_list import ListedJob, find_name, list_series, reap
-from helpers.job_options import valid_job_name
+from helpers.jobs.dataflow_job import TERMINAL, Job, JobError, Status
+from helpers.jobs.job_guard import DRAIN_LABEL
+from helpers.jobs.job_list import ListedJob, find_name, list_series, reap
+from helpers.jobs.job_options import valid_job_name
 
 __all__ = [
     "TERMINAL",
@@ -85,10 +85,10 @@ def submit(
         image: of the workers, as ``helpers.worker_image`` builds it; None takes Beam's own, into which each
             worker installs what is missing when it starts.
         device: ``"cuda"`` for workers with a GPU.
-        max_workers: that Dataflow may start; None takes ``helpers.job_options.MAX_WORKERS``.
+        max_workers: that Dataflow may start; None takes ``helpers.jobs.job_options.MAX_WORKERS``.
         exactly_once: whether Dataflow is to remove duplicates, for more latency and cost.
         max_run_minutes: after which the job is drained, whatever has become of this process; see
-            ``helpers.job_guard``.
+            ``helpers.jobs.job_guard``.
         beam_options: further options, as on a command line; they win over what is chosen here.
         handler_options: as the command line of ``helpers.pipeline`` has them, for instance
             ``reload_seconds=60``.

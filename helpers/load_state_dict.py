@@ -4,8 +4,8 @@
 
 reads the checkpoint one tensor at a time, rounds it, and writes it into its place in the file: a machine of
 any size converts a model of any size. The state dict holds every key of the model's `state_dict()`, and any
-`torch.load(weights_only=True)` reads it. Beside it comes its companion folder (`helpers.manifest`) with all
-else that a worker needs. `... vertex` runs the same in a Vertex AI custom job.
+`torch.load(weights_only=True)` reads it. Beside it comes its companion folder with all else that a worker
+needs (`helpers.state_dicts.manifest`). `... vertex` runs the same in a Vertex AI custom job.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from helpers import storage
-from helpers.manifest import MANIFEST, Manifest, companion_folder, read_manifest
+from helpers.files import storage
 from helpers.models import resolve
 from helpers.packaged_model import default_cache
+from helpers.state_dicts.manifest import MANIFEST, Manifest, companion_folder, read_manifest
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -166,7 +166,9 @@ def _convert_here(
     source: str,
 ) -> Manifest:
     folder = resolve(str(checkpoint or model_name))
-    from helpers.conversion import write_state_dict  # not before: torch and transformers take seconds
+    from helpers.state_dicts.conversion import (
+        write_state_dict,  # not before: torch and transformers take seconds
+    )
 
     return write_state_dict(model_name, folder, path, dtype, source, progress)
 
@@ -214,7 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
         if values.pop("command") == "local":
             convert(**values)
         else:
-            from helpers.vertex_conversion import vertex  # Google's client, which `local` does without
+            from helpers.state_dicts.vertex_conversion import (
+                vertex,  # Google's client, which `local` does without
+            )
 
             vertex(**values)
     except (OSError, RuntimeError, ValueError) as error:

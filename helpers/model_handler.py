@@ -15,8 +15,8 @@ import torch
 from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
-from helpers.language_model import Batch, Failure, Generation, LanguageModel, Response
-from helpers.served_model import ModelSource, count_loads, forget, serve
+from helpers.serving.language_model import Batch, Failure, Generation, LanguageModel, Response
+from helpers.serving.served_model import ModelSource, count_loads, forget, serve
 
 NAMESPACE = "LanguageModel"
 

@@ -7,9 +7,10 @@
         --state-dict-path gs://BUCKET/run-inference/MODEL.pt --model-name MODEL \\
         --runner DataflowRunner --project P --region R --temp_location gs://BUCKET/temp
 
-On Dataflow these are enough: what else a job for a language model needs is set by ``helpers.job_options``.
+On Dataflow these are enough: what else a job for a language model needs is set by
+``helpers.jobs.job_options``.
 
-What becomes of a message is told in ``helpers.transforms``.
+What becomes of a message is told in ``helpers.serving.transforms``.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from apache_beam.options.pipeline_options import (
 from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
-from helpers import job_guard, job_options
-from helpers.job_list import check_name
-from helpers.transforms import AskMessages, AskModel
+from helpers.jobs import job_guard, job_options
+from helpers.jobs.job_list import check_name
+from helpers.serving.transforms import AskMessages, AskModel
 
 __all__ = ["AskMessages", "AskModel", "build", "main", "parser", "run"]
 
@@ -133,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--torch-threads", type=_positive, metavar="N", help="of a process")
     model.add_argument("--reload-seconds", type=float, metavar="S", help="between looks for new weights")
 
-    job = arguments.add_argument_group("job", "for --runner=DataflowRunner; see helpers.job_options")
+    job = arguments.add_argument_group("job", "for --runner=DataflowRunner; see helpers.jobs.job_options")
     job.add_argument("--max-run-minutes", type=_minutes, metavar="M", help="drain the job after this time")
     job.add_argument("--exactly-once", action="store_true", help="rather than at least once")
     job.add_argument("--helpers-in-image", action="store_true", help="the workers' image has this package")
@@ -158,7 +159,7 @@ def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult
     """Builds the pipeline from a command line and starts it, on whatever runner Beam's options name.
 
     On Dataflow, what a job for a language model needs is set where the command line does not: see
-    ``helpers.job_options``.
+    ``helpers.jobs.job_options``.
 
     Raises:
         CommandLineError: the command line is not understood.

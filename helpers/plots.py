@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
-    from helpers.measure_memory import Measurement
+    from helpers.memory.measure_memory import Measurement
 
 GB = 1e9
 # From dark to light, with a hatch each: shades alone are hard to match with a legend.

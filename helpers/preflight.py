@@ -19,8 +19,10 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
-from helpers import job_options, machine_types, pipeline, storage
-from helpers.cloud_checks import (
+from helpers import machine_types, pipeline
+from helpers.files import storage
+from helpers.jobs import job_options
+from helpers.jobs.cloud_checks import (
     MISS,
     SKIPPED,
     Finding,
@@ -31,10 +33,10 @@ from helpers.cloud_checks import (
     check_topic,
     not_asked,
 )
-from helpers.job_list import list_active
+from helpers.jobs.job_list import list_active
 from helpers.machine_types import MachineTypeError
-from helpers.manifest import Manifest, read_manifest
-from helpers.model_memory import SizingError
+from helpers.memory.model_memory import SizingError
+from helpers.state_dicts.manifest import Manifest, read_manifest
 
 
 class PreflightError(RuntimeError):

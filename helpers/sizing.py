@@ -22,7 +22,7 @@ from typing import Any
 
 from helpers import machine_types
 from helpers.machine_types import MachineType, MachineTypeError
-from helpers.model_memory import (
+from helpers.memory.model_memory import (
     DTYPE_BYTES,
     ParameterCount,
     SizingError,
@@ -31,14 +31,14 @@ from helpers.model_memory import (
     kv_cache_bytes,
     parameter_count,
 )
+from helpers.memory.sizing_report import parse_prices, table
 from helpers.models import ModelError, load_config
-from helpers.sizing_report import parse_prices, table
 
 METHODS = ("project", "sample")
 
 # Memory of a process before any model is in it, measured on Linux with Python 3.11, torch 2.13 (CPU, 2
 # threads), transformers 5.23 and apache-beam 2.77. Again, on your machine:
-# python -m helpers.measure_memory --overhead
+# python -m helpers.memory.measure_memory --overhead
 WORKER_BYTES = 605_000_000  # Beam's worker with torch and transformers, after its first generation
 # helpers.load_state_dict at work; the same for a model of any size. Measured between 385 and 441 MB: how much
 # of torch's code is resident depends on the state of the page cache.
@@ -71,7 +71,7 @@ class Phase:
         memory_bytes: what the machine is chosen by (on a GPU machine: memory of the GPU).
         parts: what memory_bytes is made of.
         peak_bytes: the most that the process is predicted to hold at a time, comparable to what
-            ``helpers.measure_memory`` measures. With the project's method it is memory_bytes.
+            ``helpers.memory.measure_memory`` measures. With the project's method it is memory_bytes.
         machine: the smallest that fits.
         disk_gb: the boot disk; None for serving.
     """

@@ -31,7 +31,7 @@ from google.auth.exceptions import GoogleAuthError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers import storage
+from helpers.files import storage
 
 WORKER = Path(__file__).with_name("worker")
 FILES = ("Dockerfile", "requirements.txt")

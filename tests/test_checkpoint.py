@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checkpoint import Checkpoint, CheckpointError
-from helpers.checkpoint_keys import empty_model, plan_state_dict
-from helpers.rounding import DTYPES, RoundingReport, rounded, rounded_dtype
+from helpers.state_dicts.checkpoint import Checkpoint, CheckpointError
+from helpers.state_dicts.checkpoint_keys import empty_model, plan_state_dict
+from helpers.state_dicts.rounding import DTYPES, RoundingReport, rounded, rounded_dtype
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_integers_and_booleans_keep_their_dtype(values, dtype):
 
 
 def test_rounding_in_chunks_equals_rounding_at_once_and_reports_the_same(monkeypatch):
-    monkeypatch.setattr("helpers.rounding.CHUNK", 64)
+    monkeypatch.setattr("helpers.state_dicts.rounding.CHUNK", 64)
     source = torch.randn(33, 31, generator=torch.Generator().manual_seed(0)) ** 9
     source.clamp_(-60_000, 60_000)
     source.view(-1)[::50] = 0

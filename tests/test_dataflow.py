@@ -7,8 +7,9 @@ import uuid
 import pytest
 from tiny_models import save_checkpoint
 
-from helpers import dataflow, job_guard, pubsub
+from helpers import dataflow, pubsub
 from helpers.dataflow import Job, JobError
+from helpers.jobs import job_guard
 from helpers.load_state_dict import convert
 
 LOCATION = "us-central1"
@@ -271,7 +272,8 @@ def test_jobs_of_this_series_are_listed_and_reaped(cloud, model, topics, capsys)
 
 PUBLISHED = """
 import subprocess, sys
-from helpers import dataflow, job_guard, pubsub
+from helpers import dataflow, pubsub
+from helpers.jobs import job_guard
 from helpers.load_state_dict import convert
 from google.cloud import storage
 

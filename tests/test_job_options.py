@@ -12,7 +12,7 @@ import pytest
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
 from helpers import pipeline
-from helpers.job_options import (
+from helpers.jobs.job_options import (
     OptionError,
     disk_gb,
     label_value,
@@ -20,8 +20,8 @@ from helpers.job_options import (
     torch_threads,
     valid_job_name,
 )
-from helpers.manifest import Manifest
 from helpers.model_configs import __path__ as CONFIGS
+from helpers.state_dicts.manifest import Manifest
 
 GB = 10**9
 

@@ -1,5 +1,6 @@
 """A model's answers are those of plain transformers, however the prompts are batched."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import KINDS, save_checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from helpers.language_model import Failure, Generation, LanguageModel, Response, batches_by_length
 from helpers.load_state_dict import convert
-from helpers.local_state_dict import fetch
-from helpers.model_loading import LoadError, choose_device, choose_dtype, load_model
+from helpers.serving.language_model import Failure, Generation, LanguageModel, Response, batches_by_length
+from helpers.serving.local_state_dict import fetch
+from helpers.serving.model_loading import LoadError, choose_device, choose_dtype, load_model
 
 PROMPTS = ["Hi", "What is the capital of France?", "é", "Write one sentence about the sea.", "a b"]
 GENERATION = Generation(max_response_tokens=12)
@@ -220,3 +221,12 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
         choose_device("cuda")
     with pytest.raises(LoadError, match="not a device"):
         choose_device("abacus")
+
+
+def test_models_can_be_loaded_from_several_threads(state_dicts, tmp_path):
+    """transformers patches its own classes while it loads: two at once would leave the patch in place."""
+    tie_weights = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as threads:
+        models = list(threads.map(lambda kind: load(state_dicts[kind], tmp_path), list(KINDS) * 6))
+    assert PreTrainedModel.tie_weights is tie_weights
+    assert len({id(model.model) for model in models}) == len(models)

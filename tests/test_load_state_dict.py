@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-from helpers import conversion, packaged_model
-from helpers.checkpoint import CheckpointError
+from helpers import packaged_model
+from helpers.files.whole_file import FileBusyError, partial_path, whole_or_absent
 from helpers.load_state_dict import convert, main
-from helpers.manifest import companion_folder, crc32c_of, read_manifest
+from helpers.memory.random_checkpoint import write_random_checkpoint
 from helpers.models import ModelError, load_config
-from helpers.random_checkpoint import write_random_checkpoint
-from helpers.rounding import DTYPES, RoundingError
-from helpers.whole_file import FileBusyError, partial_path, whole_or_absent
+from helpers.state_dicts import conversion
+from helpers.state_dicts.checkpoint import CheckpointError
+from helpers.state_dicts.manifest import companion_folder, crc32c_of, read_manifest
+from helpers.state_dicts.rounding import DTYPES, RoundingError
 
 
 def t5_as_bin(folder: Path) -> None:

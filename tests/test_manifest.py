@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers.manifest import Manifest, companion_folder, crc32c_of, manifest_path, read_manifest
+from helpers.state_dicts.manifest import Manifest, companion_folder, crc32c_of, manifest_path, read_manifest
 
 
 @pytest.mark.parametrize(

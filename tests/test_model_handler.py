@@ -13,13 +13,13 @@ from apache_beam.testing.util import assert_that, equal_to
 from conftest import wait_until
 from tiny_models import save_checkpoint
 
-from helpers import served_model
-from helpers.language_model import Failure
 from helpers.load_state_dict import convert
-from helpers.local_state_dict import fetch
 from helpers.model_handler import NAMESPACE, LanguageModelHandler
-from helpers.model_loading import LoadError
-from helpers.transforms import AskModel, FailedPromptError
+from helpers.serving import served_model
+from helpers.serving.language_model import Failure
+from helpers.serving.local_state_dict import fetch
+from helpers.serving.model_loading import LoadError
+from helpers.serving.transforms import AskModel, FailedPromptError
 
 RUNNERS = ["BundleBasedDirectRunner", "FnApiRunner"]
 

@@ -20,7 +20,7 @@ from transformers import (
     WhisperConfig,
 )
 
-from helpers.model_memory import (
+from helpers.memory.model_memory import (
     SizingError,
     activation_bytes,
     generation_class,

@@ -13,7 +13,7 @@ from tiny_models import save_checkpoint
 
 from helpers import pipeline as pipeline_module
 from helpers.load_state_dict import convert
-from helpers.transforms import MAX_ATTRIBUTES, AskMessages, FailedPrompt, to_dead_letter, to_response
+from helpers.serving.transforms import MAX_ATTRIBUTES, AskMessages, FailedPrompt, to_dead_letter, to_response
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from google.protobuf.duration_pb2 import Duration
 from tiny_models import save_checkpoint
 
 from helpers import pubsub
-from helpers.job_estimate import estimate
+from helpers.files.storage import read_bytes
+from helpers.jobs.job_estimate import estimate
 from helpers.load_state_dict import convert
-from helpers.manifest import manifest_path
 from helpers.model_configs import __path__ as MODEL_CONFIGS
 from helpers.preflight import PreflightError, misses, preflight, require
-from helpers.storage import read_bytes
+from helpers.state_dicts.manifest import manifest_path
 
 LOCATION = "us-central1"
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from helpers.machine_types import MachineTypeError
-from helpers.model_memory import SizingError
+from helpers.memory.model_memory import SizingError
 from helpers.models import ModelError
 from helpers.sizing import main, size_model
 

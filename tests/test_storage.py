@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from helpers import storage, transfer
-from helpers.storage import StorageError
-from helpers.whole_file import FileBusyError, partial_path, whole_or_absent
+from helpers.files import storage, transfer
+from helpers.files.storage import StorageError
+from helpers.files.whole_file import FileBusyError, partial_path, whole_or_absent
 
 
 @pytest.fixture(params=["here", "Cloud Storage"])
@@ -187,7 +187,7 @@ def test_what_is_no_object_is_refused(uri):
 
 def test_local_files_need_neither_googles_client_nor_credentials(tmp_path):
     code = (
-        "import sys; from helpers import storage; open('a', 'w').write('x'); storage.upload('a', 'b'); "
+        "import sys; from helpers.files import storage; open('a', 'w').write('x'); storage.upload('a', 'b'); "
         "storage.download('b', 'c'); assert storage.read_bytes('c') == b'x'; "
         "assert 'google.cloud.storage' not in sys.modules"
     )

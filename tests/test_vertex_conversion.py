@@ -15,12 +15,13 @@ from google.cloud import aiplatform
 from google.cloud.aiplatform_v1 import JobServiceClient
 from safetensors.torch import load_file
 
-from helpers import storage, vertex_conversion
-from helpers.custom_job import JobError
+from helpers.files import storage
 from helpers.labels import label_value
 from helpers.load_state_dict import main
-from helpers.manifest import companion_folder, read_manifest
-from helpers.vertex_conversion import IMAGE, vertex, where_to_convert
+from helpers.state_dicts import vertex_conversion
+from helpers.state_dicts.custom_job import JobError
+from helpers.state_dicts.manifest import companion_folder, read_manifest
+from helpers.state_dicts.vertex_conversion import IMAGE, vertex, where_to_convert
 
 LOCATION = "us-central1"
 

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from helpers.process_memory import high_water_mark, memory_of
+from helpers.memory.process_memory import high_water_mark, memory_of
 
 RESPONSE_TOKENS = 16
 PROMPT_TOKENS = 32
@@ -107,8 +107,8 @@ def run_workers(which: str, state_dict_path: str, cache: str, count: int = 1) ->
 def prepare(model_name: str, folder: Path) -> None:
     """Writes a float16 state dict of random weights in the model's shape: model.pt in the folder."""
     from helpers.load_state_dict import convert
+    from helpers.memory.random_checkpoint import write_random_checkpoint
     from helpers.models import load_config
-    from helpers.random_checkpoint import write_random_checkpoint
 
     checkpoint = write_random_checkpoint(load_config(model_name), folder / "checkpoint")
     convert(str(checkpoint), folder / "model.pt", "float16", progress=False)
@@ -179,12 +179,12 @@ def bench_batches(prompts: int, folder: Path) -> dict:
     """Tokens a second of the packaged model: alone in float32, in batches, and through a pipeline."""
     import apache_beam as beam
 
-    from helpers.language_model import Failure, Generation
     from helpers.load_state_dict import convert
     from helpers.model_handler import LanguageModelHandler
     from helpers.models import DEFAULT_MODEL
     from helpers.pipeline import AskModel
-    from helpers.served_model import ModelSource
+    from helpers.serving.language_model import Failure, Generation
+    from helpers.serving.served_model import ModelSource
 
     path, cache = str(folder / "packaged.pt"), str(folder / "cache")
     convert(DEFAULT_MODEL, path, progress=False)

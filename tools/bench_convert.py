@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from helpers.memory.random_checkpoint import write_random_checkpoint
 from helpers.models import load_config
-from helpers.random_checkpoint import write_random_checkpoint
 
 WAYS = {
     "from_pretrained and torch.save": """
@@ -30,7 +30,7 @@ def convert(source, target, dtype):
     torch.save(model.state_dict(), target)
 """,
     "helpers.load_state_dict": """
-import helpers.conversion
+import helpers.state_dicts.conversion
 import transformers.models.t5.modeling_t5, transformers.models.llama.modeling_llama
 from helpers.load_state_dict import convert as convert_quietly
 def convert(source, target, dtype):

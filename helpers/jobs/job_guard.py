@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from helpers.dataflow_job import Job
+    from helpers.jobs.dataflow_job import Job
 
 DRAIN_LABEL = "drain_after"
 """The label with the time, in seconds since 1970, at which a job is to be drained."""
@@ -45,11 +45,11 @@ def start(project: str, location: str, job_id: str, minutes: float) -> subproces
     """
     if not minutes > 0:
         raise ValueError(f"max_run_minutes is {minutes}: it must be above 0.")
-    command = [sys.executable, "-m", "helpers.job_guard", "--project", project, "--location", location]
+    command = [sys.executable, "-m", "helpers.jobs.job_guard", "--project", project, "--location", location]
     command += ["--job-id", job_id, "--drain-at", str(time.time() + minutes * 60)]
     return subprocess.Popen(
         command,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -73,7 +73,7 @@ def guard(project: str, location: str, job_id: str, drain_at: float) -> str:
     from google.api_core.exceptions import FailedPrecondition, GoogleAPICallError, NotFound
     from google.auth.exceptions import GoogleAuthError
 
-    from helpers.dataflow_job import TERMINAL, Job
+    from helpers.jobs.dataflow_job import TERMINAL, Job
 
     is_local = "LOCAL_CLOUD_PROJECT" in os.environ
     pause = LOCAL_POLL_SECONDS if is_local else POLL_SECONDS
@@ -113,7 +113,9 @@ def deadline_of(job: Job, otherwise: float) -> float:
 
 def main() -> None:
     """The command line that ``start`` runs."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.job_guard", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.jobs.job_guard", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--project", required=True)
     parser.add_argument("--location", required=True)
     parser.add_argument("--job-id", required=True)

@@ -8,8 +8,8 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 
-from helpers import storage
-from helpers.transfer import crc32c_of
+from helpers.files import storage
+from helpers.files.transfer import crc32c_of
 
 __all__ = ["MANIFEST", "Manifest", "companion_folder", "crc32c_of", "manifest_path", "read_manifest"]
 

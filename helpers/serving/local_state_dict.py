@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from helpers import storage
-from helpers.manifest import Manifest, companion_folder, crc32c_of, read_manifest
-from helpers.model_loading import LoadError, read_state_dict
-from helpers.state_dict_file import StateDictFile
-from helpers.whole_file import whole_or_absent
+from helpers.files import storage
+from helpers.files.whole_file import whole_or_absent
+from helpers.serving.model_loading import LoadError, read_state_dict
+from helpers.state_dicts.manifest import Manifest, companion_folder, crc32c_of, read_manifest
+from helpers.state_dicts.state_dict_file import StateDictFile
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from helpers import machine_types
 from helpers.machine_types import MachineType, MachineTypeError
-from helpers.model_memory import SizingError
+from helpers.memory.model_memory import SizingError
 
 if TYPE_CHECKING:
     from helpers.sizing import Sizing

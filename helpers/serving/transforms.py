@@ -25,8 +25,8 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.transforms.window import TimestampedValue
 
-from helpers.language_model import Failure
 from helpers.model_handler import NAMESPACE, LanguageModelHandler
+from helpers.serving.language_model import Failure
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
-"""What ``helpers.measure_memory`` measures: converting and serving, each method in a process of its own.
+"""What ``measure_memory`` measures: converting and serving, each method in a process of its own.
 
-Run as a child, ``python -m helpers.memory_workloads WORKLOAD SETTINGS``. Its last line of output is JSON:
+Run as ``python -m helpers.memory.memory_workloads WORKLOAD SETTINGS``. Its last line of output is JSON:
 ``code_bytes``, the file-backed memory once all is imported and no model is loaded, and ``seconds``.
 """
 
@@ -44,7 +44,7 @@ def serve_project(settings: dict[str, Any]) -> Callable[[], None]:
     _import_worker()
     import torch
 
-    from helpers.model_loading import load_model
+    from helpers.serving.model_loading import load_model
 
     def work() -> None:
         path = Path(settings["state_dict"])
@@ -83,7 +83,7 @@ def _import_worker() -> None:
         "apache_beam.io.gcp.pubsub",
         "apache_beam.ml.inference.pytorch_inference",
         "apache_beam.runners.worker.sdk_worker_main",
-        "helpers.model_loading",
+        "helpers.serving.model_loading",
     ):
         importlib.import_module(name)
     _import_transformers()
@@ -119,7 +119,7 @@ def _answer(model: Any, settings: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from helpers.process_memory import memory_of
+    from helpers.memory.process_memory import memory_of
 
     name, settings = sys.argv[1], json.loads(sys.argv[2])
     work = WORKLOADS[name](settings)

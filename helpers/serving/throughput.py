@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helpers.language_model import Generation, LanguageModel
-from helpers.served_model import ModelSource
+from helpers.serving.language_model import Generation, LanguageModel
+from helpers.serving.served_model import ModelSource
 
 # Prompts of different length, as messages are.
 PROMPTS = (

@@ -2,7 +2,7 @@
 
 No weights are downloaded and none are allocated: the model is built on torch's meta device, where tensors
 have shapes and no data. ``tests/test_sizing.py`` holds the formulas against real caches, and
-``helpers.measure_memory`` against real processes.
+``helpers.memory.measure_memory`` against real processes.
 """
 
 from __future__ import annotations

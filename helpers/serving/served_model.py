@@ -11,10 +11,10 @@ import threading
 import time
 from dataclasses import dataclass
 
-from helpers.language_model import LanguageModel
-from helpers.local_state_dict import drop_older_copies, fetch
-from helpers.manifest import read_manifest
-from helpers.model_loading import LoadError, choose_device, choose_dtype, load_model
+from helpers.serving.language_model import LanguageModel
+from helpers.serving.local_state_dict import drop_older_copies, fetch
+from helpers.serving.model_loading import LoadError, choose_device, choose_dtype, load_model
+from helpers.state_dicts.manifest import read_manifest
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from google.api_core.exceptions import FailedPrecondition
 from google.cloud import dataflow_v1beta3 as dataflow
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from helpers.job_status import Status, backlog
+from helpers.jobs.job_status import Status, backlog
 
 Client = TypeVar("Client")
 POLL_SECONDS = 1.0

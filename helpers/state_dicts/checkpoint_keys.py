@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from helpers.checkpoint import Checkpoint, CheckpointError
-from helpers.rounding import CHUNK
+from helpers.state_dicts.checkpoint import Checkpoint, CheckpointError
+from helpers.state_dicts.rounding import CHUNK
 
 
 @dataclass

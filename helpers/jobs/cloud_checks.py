@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 
-from helpers import storage
+from helpers.files import storage
 
 OK, MISS, SKIPPED = "ok", "miss", "skipped"
 APIS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helpers.single_row import is_worthwhile, speed_up_single_rows
+from helpers.serving.single_row import is_worthwhile, speed_up_single_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_loading = threading.Lock()
 
 
 class LoadError(ValueError):
@@ -77,6 +81,17 @@ def choose_dtype(device: torch.device, dtype: str | None = None) -> tuple[torch.
 
 
 @contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """While it loads, transformers 5 patches its own classes and torch's, and then puts back what it found.
+
+    Of two loads at once, the later puts back the other's patch: no model of the process would tie its
+    weights any more.
+    """
+    with _loading:
+        yield
+
+
+@contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Nothing that loading makes is garbage, and its many small objects set off a search of all there is.
 
@@ -91,6 +106,7 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@_one_at_a_time()
 @_without_garbage_collection()
 def load_model(
     state_dict_file: str | Path,

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from helpers.checkpoint import Checkpoint
-from helpers.checkpoint_keys import Weight, empty_model, plan_state_dict
-from helpers.companion_files import has_tokenizer, write_companion_files
-from helpers.manifest import MANIFEST, Manifest, companion_folder, crc32c_of
-from helpers.rounding import DTYPES, RoundingReport, rounded, rounded_dtype
-from helpers.state_dict_file import Place, StateDictFile
-from helpers.whole_file import free_bytes, partial_path, whole_or_absent
+from helpers.files.whole_file import free_bytes, partial_path, whole_or_absent
+from helpers.state_dicts.checkpoint import Checkpoint
+from helpers.state_dicts.checkpoint_keys import Weight, empty_model, plan_state_dict
+from helpers.state_dicts.companion_files import has_tokenizer, write_companion_files
+from helpers.state_dicts.manifest import MANIFEST, Manifest, companion_folder, crc32c_of
+from helpers.state_dicts.rounding import DTYPES, RoundingReport, rounded, rounded_dtype
+from helpers.state_dicts.state_dict_file import Place, StateDictFile
 
 THREADS = min(8, os.cpu_count() or 1)
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from helpers import storage
-from helpers.companion_files import SUFFIXES
-from helpers.custom_job import JobError, JobGoesOnError, run_custom_job
+from helpers.files import storage
+from helpers.files.whole_file import free_bytes
 from helpers.load_state_dict import describe, fingerprint, state_dict_in_place
-from helpers.manifest import Manifest, read_manifest
+from helpers.memory.process_memory import machine_memory_bytes
 from helpers.package import build_wheel
 from helpers.packaged_model import default_cache
-from helpers.process_memory import machine_memory_bytes
 from helpers.sizing import MINIMUM_DISK_GB, size_model
-from helpers.whole_file import free_bytes
+from helpers.state_dicts.companion_files import SUFFIXES
+from helpers.state_dicts.custom_job import JobError, JobGoesOnError, run_custom_job
+from helpers.state_dicts.manifest import Manifest, read_manifest
 
 # Vertex AI pulls from Docker Hub: https://cloud.google.com/vertex-ai/docs/training/create-custom-container
 IMAGE = "python:3.12-slim"

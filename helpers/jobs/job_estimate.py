@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helpers import machine_types
-from helpers.job_options import MAX_WORKERS
+from helpers.jobs.job_options import MAX_WORKERS
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def run_and_measure(module: str, arguments: Sequence[str], timeout: float = 600)
     Raises:
         MeasureError: it failed, was killed, or took longer than ``timeout`` seconds.
     """
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helpers.local_state_dict import fetch
-from helpers.manifest import read_manifest
-from helpers.model_loading import load_model
 from helpers.models import resolve
+from helpers.serving.local_state_dict import fetch
+from helpers.serving.model_loading import load_model
+from helpers.state_dicts.manifest import read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ def compare(
     """
     from transformers import AutoTokenizer
 
-    from helpers.checkpoint_keys import empty_model
+    from helpers.state_dicts.checkpoint_keys import empty_model
 
     _check_memory(read_manifest(state_dict_path).parameters)
     folder = resolve(model_name)

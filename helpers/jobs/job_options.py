@@ -26,16 +26,17 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from helpers import machine_types, storage
-from helpers.job_guard import DRAIN_LABEL
+from helpers import machine_types
+from helpers.files import storage
+from helpers.jobs.job_guard import DRAIN_LABEL
 from helpers.labels import label_value
 from helpers.machine_types import MachineType, MachineTypeError
-from helpers.manifest import Manifest, companion_folder, read_manifest
 from helpers.package import build_wheel
 from helpers.sizing import SYSTEM_DISK_BYTES, Sizing, compute_dtype_on, size_model
+from helpers.state_dicts.manifest import Manifest, companion_folder, read_manifest
 
 SERIES = {"series": "streaming-llm"}
-"""The label by which jobs of these notebooks are found again; see ``helpers.job_list``."""
+"""The label by which jobs of these notebooks are found again; see ``helpers.jobs.job_list``."""
 
 # Room to grow under load, and a bound on what a forgotten job costs. Dataflow's own bound is 100 workers.
 MAX_WORKERS = 4
@@ -79,7 +80,7 @@ def set_defaults(
         device: ``"cuda"`` asks for a machine with a GPU.
         max_response_tokens, max_batch_size, max_batch_tokens: as the handler's; they bound a batch's memory.
         exactly_once: whether Dataflow is to remove duplicates, for more latency and cost.
-        max_run_minutes: noted on the job, for ``helpers.job_guard`` and ``helpers.job_list`` to hold it to.
+        max_run_minutes: noted on the job, for ``helpers.jobs.job_guard`` and ``job_list`` to hold it to.
 
     Raises:
         OptionError: a GPU is asked for on a machine that has none, the state dict is another model's, or the

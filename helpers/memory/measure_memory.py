@@ -1,7 +1,7 @@
 """Peak memory of converting and serving, measured in child processes and held against what sizing predicts.
 
-    python -m helpers.measure_memory google/flan-t5-small google/flan-t5-base
-    python -m helpers.measure_memory --overhead
+    python -m helpers.memory.measure_memory google/flan-t5-small google/flan-t5-base
+    python -m helpers.memory.measure_memory --overhead
 
 Random weights of the models' real shapes are enough: for the bundled configs nothing is downloaded.
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import sizing
-from helpers.process_memory import MeasureError, Peak, machine_memory_bytes, run_and_measure
+from helpers.memory.process_memory import MeasureError, Peak, machine_memory_bytes, run_and_measure
 
 METHODS = ("sample", "project")
 PHASES = ("convert", "serve")
@@ -43,8 +43,8 @@ class Measurement:
         predicted: :attr:`helpers.sizing.Phase.peak_bytes`.
         measured: what was needed at the peak, as the module's docstring says; where the system does not tell
             anonymous memory apart, the resident set.
-        anonymous, file_backed, proportional: see :class:`helpers.process_memory.Memory`. The proportional set
-            size depends on the neighbours: libraries count less while others use them too.
+        anonymous, file_backed, proportional: see :class:`.process_memory.Memory`. The proportional set size
+            depends on the neighbours: libraries count less while others use them too.
         seconds: of the work, without imports.
         source: ``smaps_rollup``, or ``rss`` where only the resident set is known.
     """
@@ -95,8 +95,8 @@ def measure_model(
         MeasureError: this machine has not the memory, or a process failed.
         OSError: the disk has no room.
     """
+    from helpers.memory.random_checkpoint import write_random_checkpoint
     from helpers.models import load_config
-    from helpers.random_checkpoint import write_random_checkpoint
 
     workload = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
     dtypes = {"sample": "float16", "project": _serving_dtype()}
@@ -117,7 +117,7 @@ def measure_model(
             }
             for phase in PHASES if "serve" in phases else ("convert",):
                 arguments = [f"{phase}_{method}", json.dumps(settings)]
-                peak, output = run_and_measure("helpers.memory_workloads", arguments, timeout)
+                peak, output = run_and_measure("helpers.memory.memory_workloads", arguments, timeout)
                 if phase in phases:
                     measurements.append(
                         _compare(sizings[method], phase, peak, json.loads(output.splitlines()[-1]))
@@ -173,7 +173,7 @@ def _serving_dtype() -> str:
     """What this machine computes in: the state dict is written in it, and so mapped as it is."""
     import torch
 
-    from helpers.model_loading import choose_dtype
+    from helpers.serving.model_loading import choose_dtype
 
     dtype, _ = choose_dtype(torch.device("cpu"))
     return str(dtype).removeprefix("torch.")
@@ -192,7 +192,7 @@ def _check_memory(model_name: str, sizings: Iterable[sizing.Sizing]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: a line for each measurement, and all of them as JSON in the last line."""
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.measure_memory", description="Predicted against measured memory."
+        prog="python -m helpers.memory.measure_memory", description="Predicted against measured memory."
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="a hub name or a folder")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: both")

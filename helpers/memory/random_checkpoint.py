@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helpers.model_memory import generation_class, head_is_separate, parameter_count
+from helpers.memory.model_memory import generation_class, head_is_separate, parameter_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -11,9 +11,9 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions
 from google.api_core.exceptions import FailedPrecondition, NotFound
 from google.cloud import dataflow_v1beta3 as dataflow
 
-from helpers.dataflow_job import Job, JobError
-from helpers.job_guard import DRAIN_LABEL
-from helpers.job_options import SERIES
+from helpers.jobs.dataflow_job import Job, JobError
+from helpers.jobs.job_guard import DRAIN_LABEL
+from helpers.jobs.job_options import SERIES
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.transfer import (
+from helpers.files.transfer import (
     CHUNK_BYTES,
     Progress,
     StorageError,
@@ -20,7 +20,7 @@ from helpers.transfer import (
     download_object,
     upload_object,
 )
-from helpers.whole_file import whole_or_absent
+from helpers.files.whole_file import whole_or_absent
 
 if TYPE_CHECKING:
     from google.cloud.storage import Blob, Client

@@ -1,0 +1,1 @@
+"""The Dataflow job around the pipeline: its options, its state, its end."""

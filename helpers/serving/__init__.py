@@ -1,0 +1,1 @@
+"""State dict to answers: fetched, mapped, loaded, asked in batches, as Beam transforms."""

@@ -1,0 +1,1 @@
+"""Checkpoint to state dict: read, round, write, check, here or in a Vertex AI custom job."""
