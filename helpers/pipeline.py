@@ -20,22 +20,14 @@ import difflib
 import logging
 import math
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import (
-    GoogleCloudOptions,
-    PipelineOptions,
-    StandardOptions,
-    TestOptions,
-)
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
-from helpers.jobs import job_guard, job_options
-from helpers.jobs.job_list import check_name
 from helpers.serving.transforms import AskMessages, AskModel
 
 __all__ = ["AskMessages", "AskModel", "build", "main", "parser", "run"]
@@ -44,16 +36,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-# Of the command line's arguments, those that are the Dataflow job's, and those its machine is sized by.
+# Of the command line's arguments, those of the Dataflow job around the pipeline.
 JOB_ARGUMENTS = ("max_run_minutes", "exactly_once", "helpers_in_image")
-SIZE_ARGUMENTS = (
-    "model_name",
-    "state_dict_path",
-    "device",
-    "max_response_tokens",
-    "max_batch_size",
-    "max_batch_tokens",
-)
 
 
 def build(
@@ -174,27 +158,27 @@ def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult
     job = {name: values.pop(name) for name in JOB_ARGUMENTS if name in values}
     options = PipelineOptions(beam_arguments)
     options.view_as(StandardOptions).streaming = True
-    if not job_options.runs_on_dataflow(options):
-        if job:
-            command_line.error(f"--{next(iter(job)).replace('_', '-')} needs --runner=DataflowRunner")
-        return _start(options, values)
-    with tempfile.TemporaryDirectory() as folder:
-        if not job.pop("helpers_in_image", False):
-            job_options.stage_helpers(options, folder)
-        sizes = {name: values[name] for name in SIZE_ARGUMENTS if name in values}
-        job_options.set_defaults(options, **sizes, **job)
-        if threads := job_options.torch_threads(options):
-            values.setdefault("torch_threads", threads)
-        cloud, minutes = options.view_as(GoogleCloudOptions), job.get("max_run_minutes")
-        if cloud.template_location or options.view_as(TestOptions).dry_run:
-            if minutes is not None:
-                command_line.error("--max-run-minutes is for a job that is submitted now")
-            return _start(options, values)
-        check_name(cloud)
-        result = _start(options, values)
-        if minutes is not None:
-            job_guard.start(cloud.project, cloud.region, result.job_id(), minutes)
-        return result
+    if _runs_on_dataflow(options):
+        # A job is built around its pipeline, and a worker, which imports this module, needs nothing of it.
+        from helpers.jobs import submission
+
+        return submission.submit(options, values, **job)
+    if job:
+        raise CommandLineError(f"--{next(iter(job)).replace('_', '-')} needs --runner=DataflowRunner")
+    return start(options, values)
+
+
+def start(options: PipelineOptions, values: dict[str, Any]) -> beam.runners.runner.PipelineResult:
+    """Builds the pipeline with ``build``'s arguments, and starts it as the options say."""
+    pipeline = beam.Pipeline(options=options)
+    build(pipeline, **values)
+    return pipeline.run()
+
+
+def _runs_on_dataflow(options: PipelineOptions) -> bool:
+    """Whether the pipeline is to be submitted to Dataflow: ``--runner`` in any of the forms Beam takes."""
+    runner = options.view_as(StandardOptions).runner or ""
+    return runner.rpartition(".")[2].lower() in ("dataflow", "dataflowrunner")
 
 
 def _refuse_misspelt(command_line: argparse.ArgumentParser, beam_arguments: Sequence[str]) -> None:
@@ -205,12 +189,6 @@ def _refuse_misspelt(command_line: argparse.ArgumentParser, beam_arguments: Sequ
         if name.startswith("--") and "-" in name[2:]:  # Beam's own have underscores
             close = difflib.get_close_matches(name, ours, 1)
             command_line.error(f"there is no option {name}" + (f": do you mean {close[0]}?" if close else ""))
-
-
-def _start(options: PipelineOptions, values: dict[str, Any]) -> beam.runners.runner.PipelineResult:
-    pipeline = beam.Pipeline(options=options)
-    build(pipeline, **values)
-    return pipeline.run()
 
 
 def end_with_usage(error: CommandLineError) -> NoReturn:
@@ -239,4 +217,7 @@ def main(argv: Iterable[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By its own name, which its errors have in the other modules too.
+    from helpers import pipeline
+
+    pipeline.main()

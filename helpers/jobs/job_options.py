@@ -22,7 +22,6 @@ from apache_beam.options.pipeline_options import (
     GoogleCloudOptions,
     PipelineOptions,
     SetupOptions,
-    StandardOptions,
     WorkerOptions,
 )
 
@@ -51,12 +50,6 @@ ACCELERATOR = "worker_accelerator"
 
 class OptionError(ValueError):
     """Options that do not go together; the message says what to do."""
-
-
-def runs_on_dataflow(options: PipelineOptions) -> bool:
-    """Whether the pipeline is to be submitted to Dataflow: ``--runner`` in any of the forms Beam takes."""
-    runner = options.view_as(StandardOptions).runner or ""
-    return runner.rpartition(".")[2].lower() in ("dataflow", "dataflowrunner")
 
 
 def set_defaults(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helpers.serving.language_model import Generation, LanguageModel
+from helpers.serving.language_model import Failure, Generation, LanguageModel
 from helpers.serving.served_model import ModelSource
 
 # Prompts of different length, as messages are.
@@ -53,6 +53,7 @@ def measure_throughput(
 
     Raises:
         LoadError: the state dict or the device cannot be used.
+        RuntimeError: a prompt failed, for want of memory perhaps.
     """
     loaded = [
         ModelSource(state_dict_path, device=device, dtype=dtype, cache_dir=cache_dir).load()[0]
@@ -79,5 +80,10 @@ def _rate(model: LanguageModel, prompts: Sequence[str], generation: Generation) 
         tokens += batch.response_tokens
 
     started = time.perf_counter()
-    model.ask(prompts, generation, max_batch_size=len(prompts), on_batch=count)
-    return tokens / (time.perf_counter() - started)
+    answers = model.ask(prompts, generation, max_batch_size=len(prompts), on_batch=count)
+    seconds = time.perf_counter() - started
+    if failed := [answer.error for answer in answers if isinstance(answer, Failure)]:
+        raise RuntimeError(
+            f"{len(failed)} of {len(prompts)} prompts failed, so there is no rate: {failed[0]}"
+        )
+    return tokens / seconds
