@@ -189,16 +189,23 @@ def _convert_to_cloud(
         if checkpoint and storage.is_cloud(checkpoint):
             checkpoint = storage.download_folder(str(checkpoint), work / f"checkpoint-{source}")
         manifest = _convert_here(model_name, local, dtype, progress, checkpoint, source)
-    for name in [*manifest.files, MANIFEST]:
-        storage.upload(
-            f"{companion_folder(local)}/{name}", f"{companion_folder(path)}/{name}", overwrite=True
-        )
+    # The state dict comes last, and with it the whole; but over another one the manifest does: until then,
+    # and if the upload is interrupted, the old manifest goes with the old state dict.
+    late = [MANIFEST] if overwrite else []
+    _upload_companions(local, path, [*manifest.files, *({MANIFEST} - {*late})])
     with tqdm(
         total=manifest.bytes, unit="B", unit_scale=True, desc=f"upload {local.name}", disable=not progress
     ) as bar:
         storage.upload(local, path, overwrite, bar.update)
+    _upload_companions(local, path, late)
     shutil.rmtree(work)
     return manifest
+
+
+def _upload_companions(local: Path, path: str, names: list[str]) -> None:
+    for name in names:
+        source, target = f"{companion_folder(local)}/{name}", f"{companion_folder(path)}/{name}"
+        storage.upload(source, target, overwrite=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ whose output layer has been overwritten.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from helpers.serving.language_model import Batch, Failure, Generation, LanguageModel, Response
+from helpers.serving.model_loading import LoadError
 from helpers.serving.served_model import ModelSource, count_loads, forget, serve
 
 NAMESPACE = "LanguageModel"
@@ -38,11 +40,12 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         max_batch_tokens: tokens of a batch, padding and responses included; bounds its memory.
         max_batch_seconds: how long a prompt may wait for others to share its batch. None batches only what
             arrives in one bundle, which on a busy stream is enough and keeps the pipeline free of state.
+            With it, responses in windows may be late: they keep the time of their prompts.
         max_prompt_tokens: longer prompts fail, or are cut if ``truncate``.
         truncate: whether to cut prompts that are too long.
         temperature: 0 is greedy, and repeatable; above 0 the responses are sampled.
         top_p: with a temperature, sample from the most probable tokens of this total probability.
-        seed: makes sampling repeatable.
+        seed: makes the sampling of the same batch repeatable; in a stream, batches differ.
         torch_threads: the threads of this process; None leaves torch's own choice, one for each core.
         reload_seconds: how often to look for a new state dict, of the same model, at the same path. The old
             one answers until the new one is ready. None looks only when Beam sets up a DoFn.
@@ -76,6 +79,14 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         for name, value in (("max_batch_size", max_batch_size), ("max_batch_tokens", max_batch_tokens)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be 1 or more.")
+        for name, seconds in (("max_batch_seconds", max_batch_seconds), ("reload_seconds", reload_seconds)):
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise ValueError(f"{name} is {seconds}: it must be above 0, or None.")
+        if max_response_tokens >= max_batch_tokens:
+            raise ValueError(
+                f"max_response_tokens is {max_response_tokens}, and a batch may have {max_batch_tokens} "
+                "tokens, prompts included: ask for shorter responses, or raise max_batch_tokens."
+            )
         self._source = ModelSource(str(state_dict_path), model_name, device, dtype, cache_dir)
         self._replaced: ModelSource | None = None
         self._reload_seconds = reload_seconds
@@ -101,6 +112,13 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         if self._torch_threads:
             torch.set_num_threads(self._torch_threads)
         language_model = serve(self._source, self._reload_seconds)
+        positions = getattr(language_model.model.config, "max_position_embeddings", None)
+        wanted = self._generation.max_response_tokens
+        if positions and not language_model.is_encoder_decoder and wanted >= positions:
+            raise LoadError(
+                f"max_response_tokens is {wanted}, and {language_model.model_name} has {positions} positions "
+                "for prompt and response together: ask for shorter responses."
+            )
         if self._replaced:
             forget(self._replaced)
             self._replaced = None

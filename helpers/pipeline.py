@@ -29,6 +29,7 @@ from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
 from helpers.serving.transforms import AskMessages, AskModel
+from helpers.state_dicts.manifest import read_manifest
 
 __all__ = ["AskMessages", "AskModel", "build", "main", "parser", "run"]
 
@@ -114,12 +115,12 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy")
     model.add_argument("--max-batch-size", type=_positive, metavar="N", help="prompts in a batch")
     model.add_argument("--max-batch-tokens", type=_positive, metavar="N", help="tokens in a batch")
-    model.add_argument("--max-batch-seconds", type=float, metavar="S", help="to wait for a fuller batch")
+    model.add_argument("--max-batch-seconds", type=_time, metavar="S", help="to wait for a fuller batch")
     model.add_argument("--torch-threads", type=_positive, metavar="N", help="of a process")
-    model.add_argument("--reload-seconds", type=float, metavar="S", help="between looks for new weights")
+    model.add_argument("--reload-seconds", type=_time, metavar="S", help="between looks for new weights")
 
     job = arguments.add_argument_group("job", "for --runner=DataflowRunner; see helpers.jobs.job_options")
-    job.add_argument("--max-run-minutes", type=_minutes, metavar="M", help="drain the job after this time")
+    job.add_argument("--max-run-minutes", type=_time, metavar="M", help="drain the job after this time")
     job.add_argument("--exactly-once", action="store_true", help="rather than at least once")
     job.add_argument("--helpers-in-image", action="store_true", help="the workers' image has this package")
     return arguments
@@ -132,11 +133,11 @@ def _positive(text: str) -> int:
     return number
 
 
-def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 0 < minutes < math.inf:
+def _time(text: str) -> float:
+    length = float(text)
+    if not 0 < length < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
-    return minutes
+    return length
 
 
 def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult:
@@ -165,6 +166,7 @@ def run(argv: Sequence[str] | None = None) -> beam.runners.runner.PipelineResult
         return submission.submit(options, values, **job)
     if job:
         raise CommandLineError(f"--{next(iter(job)).replace('_', '-')} needs --runner=DataflowRunner")
+    read_manifest(values["state_dict_path"])  # a worker without one would fail, start, and fail again
     return start(options, values)
 
 
@@ -186,8 +188,11 @@ def _refuse_misspelt(command_line: argparse.ArgumentParser, beam_arguments: Sequ
     ours = [option for action in command_line._actions for option in action.option_strings]
     for argument in beam_arguments:
         name = argument.partition("=")[0]
-        if name.startswith("--") and "-" in name[2:]:  # Beam's own have underscores
-            close = difflib.get_close_matches(name, ours, 1)
+        if not name.startswith("--"):
+            continue
+        # Beam's own have underscores, and none of them is this like one of ours.
+        close = difflib.get_close_matches(name.replace("_", "-"), ours, 1, cutoff=0.85)
+        if "-" in name[2:] or close:
             command_line.error(f"there is no option {name}" + (f": do you mean {close[0]}?" if close else ""))
 
 
@@ -203,14 +208,18 @@ def main(argv: Iterable[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         result = run(list(argv) if argv is not None else sys.argv[1:])
+        if not hasattr(result, "job_id"):  # for a runner other than Dataflow's
+            result.wait_until_finish()
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: messages that were not answered come again from the subscription.")
     except CommandLineError as error:
         end_with_usage(error)
     # RuntimeError: JobError, StorageError, a name that has just been taken, a package that is not installed.
     except (OSError, RuntimeError, ValueError, GoogleAPICallError, GoogleAuthError) as error:
         sys.exit(f"error: {error}")
-    if not hasattr(result, "job_id"):  # for a runner other than Dataflow's; with --dry_run it does nothing
-        result.wait_until_finish()
-    elif result.has_job:
+    if not hasattr(result, "job_id"):
+        return
+    if result.has_job:
         print(f"Submitted job {result.job_id()}")
     else:
         print("No job was submitted: the template has been written.")

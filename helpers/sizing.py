@@ -40,10 +40,15 @@ METHODS = ("project", "sample")
 # threads), transformers 5.23 and apache-beam 2.77. Again, on your machine:
 # python -m helpers.memory.measure_memory --overhead
 WORKER_BYTES = 605_000_000  # Beam's worker with torch and transformers, after its first generation
-# helpers.load_state_dict at work; the same for a model of any size. Measured between 385 and 441 MB: how much
-# of torch's code is resident depends on the state of the page cache.
-CONVERTER_BYTES = 415_000_000
+# helpers.load_state_dict at work; the same for a model of any size. Measured between 385 and 421 MB, by
+# which tensors happen to be under way at the same time.
+CONVERTER_BYTES = 403_000_000
 SCRIPT_BYTES = 375_000_000  # a script with torch and transformers, as the sample converts
+
+# Of these, the pages of libraries once all is imported. How many are resident depends on the page cache, not
+# on the model: in a worker 159 to 220 MB were measured with the same files, more where these had just been
+# written. helpers.memory.measure_memory counts this many wherever it measures.
+LIBRARY_BYTES = {"convert": 84_000_000, "serve": 159_000_000}
 
 # An allowance, not measured here: the driver's context and torch's kernels on the GPU, and as much beside
 # them on the host. They differ by driver and card.

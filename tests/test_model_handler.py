@@ -1,5 +1,6 @@
 """The handler in Beam: loaded once, pickled small, and one bad prompt harms nobody."""
 
+import json
 import shutil
 
 import apache_beam as beam
@@ -238,6 +239,52 @@ def test_the_old_state_dict_serves_on_when_the_new_one_is_of_another_kind_or_gon
     assert answer(handler, ["Hi"]) == old
 
 
+def test_a_replacement_that_is_not_whole_leaves_the_old_model_to_a_process_that_only_asks(llama, tmp_path):
+    path = tmp_path / "model.pt"
+    convert(llama[0], path, "float32", progress=False)
+    handler = LanguageModelHandler(str(path), max_response_tokens=4)
+    old = answer(handler, ["Hi"])
+    manifest = path.with_suffix("") / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"crc32c": "AAAAAA=="}))
+    assert answer(handler, ["Hi"]) == old, "as while another state dict is being uploaded"
+
+
+def test_a_tokenizer_with_other_words_does_not_take_over(llama):
+    model, other = (served_model.ModelSource(llama[1], dtype="float32").load()[0] for _ in range(2))
+    other.tokenizer.add_tokens(["another"])
+    with pytest.raises(ValueError, match="another vocabulary"):
+        model.take_over(other)
+
+
+def test_prompts_of_many_bundles_share_a_batch_if_asked_to(llama, monkeypatch, capfd):
+    sizes, run_inference = [], LanguageModelHandler.run_inference
+
+    def noted(self, batch, *args):
+        sizes.append(len(batch))
+        return run_inference(self, batch, *args)
+
+    monkeypatch.setattr(LanguageModelHandler, "run_inference", noted)
+    stream = TestStream()
+    for n in range(6):
+        stream.add_elements([f"prompt {n}"]).advance_processing_time(0.01)
+    stream.advance_processing_time(60).advance_watermark_to_infinity()
+    with beam.Pipeline(options=PipelineOptions(streaming=True)) as pipeline:
+        responses = pipeline | stream | AskModel(*llama, 2, max_batch_seconds=30)
+        # Printed, because an assert_that would come too late: the batch is given out as the stream ends, and
+        # the direct runner keeps no metrics of what a timer sets off.
+        responses | beam.Map(lambda response: print("response:", ascii(response)))
+    assert sum(sizes) == 6
+    assert max(sizes) > 1
+    assert capfd.readouterr().out.count("response:") == 6
+
+
+def test_a_response_as_long_as_the_model_leaves_no_room_for_a_prompt(llama):
+    with pytest.raises(LoadError, match="512 positions"):
+        LanguageModelHandler(llama[1], max_response_tokens=512).load_model()
+    with pytest.raises(ValueError, match="shorter responses"):
+        LanguageModelHandler(llama[1], max_response_tokens=512, max_batch_tokens=512)
+
+
 def test_beams_own_model_update_changes_the_path_and_frees_the_old_model(llama, tmp_path):
     checkpoint = changed_checkpoint(llama[0], tmp_path / "checkpoint")
     convert(checkpoint, tmp_path / "new.pt", progress=False)
@@ -249,7 +296,15 @@ def test_beams_own_model_update_changes_the_path_and_frees_the_old_model(llama, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"max_response_tokens": 0}, {"max_batch_size": 0}, {"temperature": -1.0}, {"top_p": 0.0}]
+    "arguments",
+    [
+        {"max_response_tokens": 0},
+        {"max_batch_size": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"max_batch_seconds": 0},
+        {"reload_seconds": float("nan")},
+    ],
 )
 def test_arguments_out_of_range_are_refused_before_anything_runs(arguments):
     with pytest.raises(ValueError, match="must be"):

@@ -6,6 +6,7 @@ from unittest import mock
 import apache_beam as beam
 import pytest
 from apache_beam.io.gcp.pubsub import PubsubMessage
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -147,28 +148,21 @@ def test_errors_longer_than_an_attribute_may_be_are_cut():
     }
 
 
+REQUIRED = ["--messages-topic=t", "--responses-topic=r", "--state-dict-path=p", "--model-name=m"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "required"),
         (["--messages-topic=t", "--messages-subscription=s"], "not allowed with"),
-        (
-            [
-                *("--messages-topic=t", "--responses-topic=r", "--state-dict-path=p", "--model-name=m"),
-                "--max-run-minute=5",
-            ],
-            "do you mean --max-run-minutes",
-        ),
-        (
-            [
-                "--messages-topic=t",
-                "--responses-topic=r",
-                "--state-dict-path=p",
-                "--model-name=m",
-                "--max-response-tokens=0",
-            ],
-            "not 1 or more",
-        ),
+        ([*REQUIRED, "--max-run-minute=5"], "do you mean --max-run-minutes"),
+        ([*REQUIRED, "--max_run_minutes=60"], "do you mean --max-run-minutes"),
+        ([*REQUIRED, "--exactly_once"], "do you mean --exactly-once"),
+        ([*REQUIRED, "--devcie=cuda"], "do you mean --device"),
+        ([*REQUIRED, "--max-response-tokens=0"], "not 1 or more"),
+        ([*REQUIRED, "--max-batch-seconds=0"], "not a time above 0"),
+        ([*REQUIRED, "--reload-seconds=nan"], "not a time above 0"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(arguments, message, capsys):
@@ -176,3 +170,15 @@ def test_the_command_line_says_what_is_wrong(arguments, message, capsys):
         pipeline_module.main()
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_option_of_beams_own_is_taken_for_one_of_ours():
+    own = [f"--{name}" for name in PipelineOptions().get_all_options()]
+    assert len(own) > 100
+    pipeline_module._refuse_misspelt(pipeline_module.parser(), own)
+
+
+def test_a_state_dict_that_is_not_there_is_told_on_every_runner():
+    command = ["--messages-topic=t", "--responses-topic=r", "--state-dict-path=/none/m.pt", "--model-name=m"]
+    with pytest.raises(SystemExit, match=r"error: .*manifest.json does not exist"):
+        pipeline_module.main(command)

@@ -205,21 +205,26 @@ def bench_batches(prompts: int, folder: Path) -> dict:
         return tokens / seconds, seconds
 
     alone, _ = ModelSource(path, dtype="float32", cache_dir=cache).load()
-    batched = LanguageModelHandler(
-        path, max_response_tokens=32, max_batch_size=64, cache_dir=cache
-    ).load_model()
+    options = {"max_batch_size": 64, "cache_dir": cache}
+    # As AskModel's handler, which in this process will find it loaded.
+    batched = LanguageModelHandler(path, DEFAULT_MODEL, max_response_tokens=32, **options).load_model()
     for model in (alone, batched):
         rate(model, asked[:2])
     one_by_one, _ = rate(alone, asked[: max(8, prompts // 10)], max_batch_size=1)
-    together, generate_seconds = rate(batched, asked, max_batch_size=64)
-    pipeline = beam.Pipeline(runner="FnApiRunner")
-    options = {"max_batch_size": 64, "cache_dir": cache}
-    pipeline | beam.Create(asked) | AskModel(DEFAULT_MODEL, path, 32, **options)
-    started = time.perf_counter()
-    pipeline.run().wait_until_finish()
-    pipeline_seconds = time.perf_counter() - started
+    generated, piped = [], []
+    for _ in range(ROUNDS):
+        generated.append(rate(batched, asked, max_batch_size=64))
+        pipeline = beam.Pipeline(runner="FnApiRunner")
+        pipeline | beam.Create(asked) | AskModel(DEFAULT_MODEL, path, 32, **options)
+        started = time.perf_counter()
+        pipeline.run().wait_until_finish()
+        piped.append(time.perf_counter() - started)
+    together = statistics.median(tokens_per_second for tokens_per_second, _ in generated)
+    generate_seconds = statistics.median(seconds for _, seconds in generated)
+    pipeline_seconds = statistics.median(piped)
     return {
         "prompts": prompts,
+        "rounds": ROUNDS,
         "one_at_a_time_float32_tokens_per_second": one_by_one,
         "batched_tokens_per_second": together,
         "batched_dtype": str(batched.model.dtype).removeprefix("torch."),
@@ -242,7 +247,9 @@ def main() -> None:
         serve(*arguments.serve)
         return
     model_name = "google/flan-t5-small" if arguments.quick else "google/flan-t5-large"
-    result = {}
+    # What was measured before stays, should only some be measured now, or one of them fail.
+    result = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         sections = {
             "serving": lambda: bench_serving(model_name, Path(temporary)),
@@ -252,9 +259,8 @@ def main() -> None:
         for name in arguments.only or sections:
             started = time.monotonic()
             result[name] = sections[name]()
+            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 

@@ -9,8 +9,10 @@ What counts as needed:
 
 * Serving: anonymous and file-backed memory. Mapped weights are read for every token, so a machine that cannot
   keep them reads them from its disk again and again.
-* Converting: anonymous memory, and the pages of code. A checkpoint's pages are read once, and the system may
-  drop them at any time.
+* Converting: anonymous memory, and the pages of libraries. A checkpoint's pages are read once, and the system
+  may drop them at any time.
+* Of libraries, as many pages as :data:`helpers.sizing.LIBRARY_BYTES` has them: how many are resident differs
+  from one installation to the next, whatever the model.
 """
 
 from __future__ import annotations
@@ -153,8 +155,9 @@ def measure_overhead() -> dict[str, int]:
 
 def _compare(sized: sizing.Sizing, phase: str, peak: Peak, report: dict[str, Any]) -> Measurement:
     measured = peak.resident
-    if phase == "convert" and peak.anonymous is not None:
-        measured = peak.anonymous + report["code_bytes"]
+    if peak.anonymous is not None:
+        needed = peak.anonymous if phase == "convert" else peak.resident - report["library_bytes"]
+        measured = needed + sizing.LIBRARY_BYTES[phase]
     return Measurement(
         model_name=sized.model_name,
         method=sized.method,

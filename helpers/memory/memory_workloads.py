@@ -1,7 +1,7 @@
 """What ``measure_memory`` measures: converting and serving, each method in a process of its own.
 
 Run as ``python -m helpers.memory.memory_workloads WORKLOAD SETTINGS``. Its last line of output is JSON:
-``code_bytes``, the file-backed memory once all is imported and no model is loaded, and ``seconds``.
+``library_bytes``, the file-backed memory once all is imported and no model is loaded, and ``seconds``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def convert_project(settings: dict[str, Any]) -> Callable[[], None]:
     """Converts tensor by tensor, as ``python -m helpers.load_state_dict local`` does."""
     from helpers.load_state_dict import convert
 
-    _import_transformers()  # before work starts, so that its pages count as code
+    _import_transformers()  # before work starts, so that its pages count as libraries'
 
     return lambda: convert(
         settings["checkpoint"], settings["state_dict"], dtype=settings["dtype"], progress=False
@@ -123,10 +123,10 @@ def main() -> None:
 
     name, settings = sys.argv[1], json.loads(sys.argv[2])
     work = WORKLOADS[name](settings)
-    code_bytes = memory_of().file_backed
+    library_bytes = memory_of().file_backed
     started = time.monotonic()
     work()
-    print(json.dumps({"code_bytes": code_bytes, "seconds": time.monotonic() - started}))
+    print(json.dumps({"library_bytes": library_bytes, "seconds": time.monotonic() - started}))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Generation:
         truncate: whether a prompt that is too long is cut rather than refused.
         temperature: 0 is greedy; above 0 the response is sampled.
         top_p: sample from the most probable tokens that together have this probability.
-        seed: makes sampling repeatable; None draws anew each time.
+        seed: makes the sampling of the same batch repeatable; None draws anew each time.
     """
 
     max_response_tokens: int = 256
@@ -100,6 +100,10 @@ class PromptError(ValueError):
     """A prompt that cannot be asked."""
 
 
+class OtherModelError(ValueError):
+    """A model that cannot take another's place while it serves."""
+
+
 class LanguageModel:
     """A model and its tokenizer, ready to answer.
 
@@ -128,12 +132,16 @@ class LanguageModel:
         """Answers with another model's weights from the next batch on.
 
         Raises:
-            ValueError: the other model is of another architecture.
+            OtherModelError: the other model is of another architecture, or has another vocabulary.
         """
         if _shapes(self.model) != _shapes(other.model) or type(self.model) is not type(other.model):
-            raise ValueError("the new state dict is of another architecture")
+            raise OtherModelError("the new state dict is of another architecture")
+        # Prompts that wait for their batch are tokens already.
+        if self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            raise OtherModelError("the new state dict's tokenizer has another vocabulary")
         with self._turn:
             self.model, self.tokenizer = other.model, other.tokenizer
+            self.model_name = other.model_name
             self.end_token_ids = other.end_token_ids
 
     def encode(self, prompt: str, generation: Generation | None = None) -> list[int]:
@@ -296,7 +304,7 @@ class LanguageModel:
             responses = self.generate(prompts, generation)
         except Exception as error:  # whatever it is, it must not cost the other prompts their answers
             if _is_broken_device(error):
-                raise  # every prompt would fail: the runner tries again, elsewhere or in a new process
+                raise  # every prompt of this process would fail: the runner tries again elsewhere
             reason = _describe(error)
         else:
             on_batch(Batch.of(prompts, responses, time.monotonic() - started))

@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from helpers.serving.language_model import LanguageModel
+from helpers.serving.language_model import LanguageModel, OtherModelError
 from helpers.serving.local_state_dict import drop_older_copies, fetch
 from helpers.serving.model_loading import LoadError, choose_device, choose_dtype, load_model
 from helpers.state_dicts.manifest import read_manifest
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _served: dict[ModelSource, _Served] = {}
 _lock = threading.Lock()
 _loads = 0
+_count_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,20 @@ def serve(source: ModelSource, reload_seconds: float | None = None) -> LanguageM
 
     Args:
         source: where it comes from.
-        reload_seconds: how often to look for a new state dict at the same path from now on. The old one
-            serves until the new one is ready, and goes on if the new one cannot be used. None looks only
-            when this function is called: who converts again in a notebook gets the new weights.
+        reload_seconds: how often to look for a new state dict at the same path from now on. None looks only
+            when this function is called: who converts again in a notebook gets the new weights. The old one
+            serves until the new one is ready, and goes on if the new one cannot be used.
 
     Raises:
-        FileNotFoundError, PermissionError, LoadError: as ``ModelSource.load``.
+        FileNotFoundError, PermissionError, LoadError: as ``ModelSource.load``, if nothing is served yet.
     """
-    global _loads
     with _lock:
-        served = _served.get(source)
-        if served is None or (not served.is_watched and _has_another(source, served)):
-            served = _served[source] = _Served(*source.load())
-            _loads += 1
+        if source not in _served:
+            _served[source] = _Served(*source.load())
+            _count_load()
+        elif not _served[source].is_watched:
+            _take_up_new(source, _served[source], may_differ=True)
+        served = _served[source]
         if reload_seconds is not None and not served.is_watched:
             served.is_watched = True
             watch = threading.Thread(
@@ -106,38 +108,45 @@ def forget(source: ModelSource) -> None:
 def count_loads() -> int:
     """How many models were loaded since the last call: Beam drops what is counted while a DoFn is set up."""
     global _loads
-    with _lock:
+    with _count_lock:
         loads, _loads = _loads, 0
     return loads
+
+
+def _count_load() -> None:
+    global _loads
+    with _count_lock:
+        _loads += 1
 
 
 def _watch(source: ModelSource, served: _Served, seconds: float) -> None:
     while _served.get(source) is served:
         time.sleep(seconds)
-        _take_up_new(source, served)
+        if _served.get(source) is served:
+            _take_up_new(source, served)
 
 
-def _has_another(source: ModelSource, served: _Served) -> bool:
-    try:
-        return read_manifest(source.state_dict_path).crc32c != served.checksum
-    except Exception as error:  # it has been loaded, and serves
-        log.warning("The manifest of %s cannot be read: %s", source.state_dict_path, error)
-        return False
+def _take_up_new(source: ModelSource, served: _Served, may_differ: bool = False) -> None:
+    """Looks at the state dict's manifest, and replaces the model that serves if there is another one.
 
-
-def _take_up_new(source: ModelSource, served: _Served) -> None:
-    """Looks at the state dict's manifest, and replaces the model that serves if there is another one."""
-    global _loads
+    Args:
+        source: of the model.
+        served: what serves.
+        may_differ: whether a model of another architecture may take its place: for who asks from now on.
+    """
     try:
         if read_manifest(source.state_dict_path).crc32c == served.checksum:
             return
         new, checksum = source.load()
-        served.language_model.take_over(new)
+        try:
+            served.language_model.take_over(new)
+            served.checksum = checksum
+        except OtherModelError:
+            if not may_differ:
+                raise
+            _served[source] = _Served(new, checksum)
+        _count_load()
+        drop_older_copies(source.state_dict_path, checksum, source.cache_dir)
+        log.info("Took up the new state dict at %s", source.state_dict_path)
     except Exception as error:  # the old one serves on; the next look may find a whole one
-        log.warning("The state dict at %s is not taken up: %s", source.state_dict_path, error)
-        return
-    served.checksum = checksum
-    with _lock:
-        _loads += 1
-    drop_older_copies(source.state_dict_path, checksum, source.cache_dir)
-    log.info("Took up the new state dict at %s", source.state_dict_path)
+        log.error("The state dict at %s is not taken up: %s", source.state_dict_path, error)

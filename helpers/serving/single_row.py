@@ -11,7 +11,10 @@ CPUs with AMX are left alone: nothing was measured on them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 # model's thread would be slower for as long, and as right.
 _lock = threading.Lock()
 _steps_under_way = 0
-_this_thread = threading.local()
 
 
 def is_worthwhile(device: torch.device, dtype: torch.dtype) -> bool:
@@ -40,8 +42,15 @@ def is_worthwhile(device: torch.device, dtype: torch.dtype) -> bool:
 
 def speed_up_single_rows(model: PreTrainedModel) -> None:
     """Makes the model's steps of a lone response use torch's own routine; all others stay as they are."""
-    model.register_forward_pre_hook(_enter, with_kwargs=True)
-    model.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+    forward = model.forward
+
+    # Not by hooks: torch leaves out those that follow when a Ctrl-C interrupts the step.
+    @functools.wraps(forward)
+    def forward_by_rows(*args: Any, **kwargs: Any) -> Any:
+        with _without_onednn() if _is_single_row(kwargs) else contextlib.nullcontext():
+            return forward(*args, **kwargs)
+
+    model.forward = forward_by_rows
 
 
 def _is_single_row(inputs: dict[str, Any]) -> bool:
@@ -52,24 +61,21 @@ def _is_single_row(inputs: dict[str, Any]) -> bool:
     return ids is not None and ids.shape == (1, 1) and cache is not None and cache.get_seq_length() > 0
 
 
-def _enter(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
     global _steps_under_way
-    _this_thread.in_step = False
-    if not _is_single_row(kwargs):
-        return
     with _lock:
-        if _steps_under_way or torch.backends.mkldnn.enabled:  # else it is the user who has switched it off
+        if not (_steps_under_way or torch.backends.mkldnn.enabled):
+            is_ours = False  # the user has switched it off
+        else:
+            is_ours = True
             _steps_under_way += 1
-            _this_thread.in_step = True
             torch.backends.mkldnn.enabled = False
-
-
-def _leave(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    global _steps_under_way
-    if not getattr(_this_thread, "in_step", False):
-        return
-    _this_thread.in_step = False
-    with _lock:
-        _steps_under_way -= 1
-        if not _steps_under_way:
-            torch.backends.mkldnn.enabled = True
+    try:
+        yield
+    finally:
+        if is_ours:
+            with _lock:
+                _steps_under_way -= 1
+                if not _steps_under_way:
+                    torch.backends.mkldnn.enabled = True

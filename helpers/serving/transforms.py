@@ -171,6 +171,11 @@ def to_dead_letter(failed: FailedPrompt, model_name: str) -> PubsubMessage:
     return PubsubMessage(data, attributes)
 
 
+def _bytes_of(attribute: tuple[str, str]) -> int:
+    name, value = attribute
+    return len(name.encode()) + len(value.encode()) + 16  # what the request has around them
+
+
 def _attributes(message: PubsubMessage, data: bytes, **more: str) -> dict[str, str]:
     """The message's own attributes and more, within what Pub/Sub accepts: publishing would fail for ever."""
     more = {"prompt_message_id": message.message_id or "", **more}
@@ -181,10 +186,10 @@ def _attributes(message: PubsubMessage, data: bytes, **more: str) -> dict[str, s
     own = {name: value for name, value in (message.attributes or {}).items() if name not in more}
     # Pub/Sub adds some of its own to what it delivers, and refuses to take them back.
     kept = dict(sorted(item for item in own.items() if not item[0].lower().startswith("goog")))
-    size = len(data) + sum(len(f"{name}{value}".encode()) + 16 for name, value in (kept | more).items())
-    if size > MAX_MESSAGE_BYTES:
-        kept = {}
     kept = dict(list(kept.items())[: MAX_ATTRIBUTES - len(more) - 1])
+    size = len(data) + sum(map(_bytes_of, (kept | more).items()))
+    while kept and size > MAX_MESSAGE_BYTES:
+        size -= _bytes_of(kept.popitem())  # the last by name
     if len(kept) < len(own):
         more["attributes_left_out"] = str(len(own) - len(kept))
     return {**kept, **more}

@@ -134,7 +134,7 @@ def _write_companion_files(folder: Path, path: Path) -> list[str]:
     companion = Path(companion_folder(path))
     names = write_companion_files(folder, companion)
     if not has_tokenizer(names):
-        tqdm.write(f"No tokenizer in {folder}: put its files into {companion} before serving the model")
+        tqdm.write(f"No tokenizer in {folder}: to serve the model, put its files there and convert again")
     for name in set(_earlier_files(companion)) - set(names):
         # Another model was here: a tokenizer file of its own would be taken for this model's.
         if Path(name).name == name:
