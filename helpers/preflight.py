@@ -146,7 +146,9 @@ def _machine(
     subject = f"machine {machine_type or '(from sizing)'}"
     try:
         if machine is None:
-            sizing = job_options.size_for_serving(path, manifest, on_gpu=device == "cuda", **workload)
+            sizing = job_options.size_for_serving(
+                path, manifest, on_gpu=job_options.wants_gpu(device), **workload
+            )
             machine = sizing.serve.machine
             yield Finding(f"machine {machine.name}", detail="the smallest that holds the model")
             return
@@ -154,7 +156,7 @@ def _machine(
     except (MachineTypeError, SizingError, OSError, ValueError) as error:
         yield Finding(subject, MISS, str(error), "choose a smaller model, or another family of machines")
         return
-    if device == "cuda" and not machine.gpu:
+    if job_options.wants_gpu(device) and not machine.gpu:
         yield Finding(
             subject, MISS, "it has no GPU", "leave the machine type out, or name one of g2, a2 or a3"
         )

@@ -183,43 +183,31 @@ def bench_batches(prompts: int, folder: Path) -> dict:
     from helpers.model_handler import LanguageModelHandler
     from helpers.models import DEFAULT_MODEL
     from helpers.pipeline import AskModel
-    from helpers.serving.language_model import Failure, Generation
+    from helpers.serving.language_model import Generation
     from helpers.serving.served_model import ModelSource
+    from helpers.serving.throughput import timed_ask
 
     path, cache = str(folder / "packaged.pt"), str(folder / "cache")
     convert(DEFAULT_MODEL, path, progress=False)
     asked, generation = mixed_prompts(prompts), Generation(max_response_tokens=32)
-
-    def rate(model, questions, **options) -> tuple[float, float]:
-        tokens = 0
-
-        def count(batch) -> None:
-            nonlocal tokens
-            tokens += batch.response_tokens
-
-        started = time.perf_counter()
-        answers = model.ask(questions, generation, on_batch=count, **options)
-        seconds = time.perf_counter() - started
-        if failed := [answer.error for answer in answers if isinstance(answer, Failure)]:
-            raise RuntimeError(f"{len(failed)} prompts failed, so there is no rate: {failed[0]}")
-        return tokens / seconds, seconds
 
     alone, _ = ModelSource(path, dtype="float32", cache_dir=cache).load()
     options = {"max_batch_size": 64, "cache_dir": cache}
     # As AskModel's handler, which in this process will find it loaded.
     batched = LanguageModelHandler(path, DEFAULT_MODEL, max_response_tokens=32, **options).load_model()
     for model in (alone, batched):
-        rate(model, asked[:2])
-    one_by_one, _ = rate(alone, asked[: max(8, prompts // 10)], max_batch_size=1)
+        timed_ask(model, asked[:2], generation, 2)
+    tokens, seconds = timed_ask(alone, asked[: max(8, prompts // 10)], generation, 1)
+    one_by_one = tokens / seconds
     generated, piped = [], []
     for _ in range(ROUNDS):
-        generated.append(rate(batched, asked, max_batch_size=64))
+        generated.append(timed_ask(batched, asked, generation, 64))
         pipeline = beam.Pipeline(runner="FnApiRunner")
         pipeline | beam.Create(asked) | AskModel(DEFAULT_MODEL, path, 32, **options)
         started = time.perf_counter()
         pipeline.run().wait_until_finish()
         piped.append(time.perf_counter() - started)
-    together = statistics.median(tokens_per_second for tokens_per_second, _ in generated)
+    together = statistics.median(tokens / seconds for tokens, seconds in generated)
     generate_seconds = statistics.median(seconds for _, seconds in generated)
     pipeline_seconds = statistics.median(piped)
     return {

@@ -92,8 +92,7 @@ def set_defaults(
     worker = options.view_as(WorkerOptions)
     if not worker.machine_type:
         workload = workload_of(max_response_tokens, max_batch_size, max_batch_tokens)
-        on_gpu = (device or "").startswith("cuda")
-        sizing = size_for_serving(state_dict_path, manifest, on_gpu=on_gpu, **workload)
+        sizing = size_for_serving(state_dict_path, manifest, on_gpu=wants_gpu(device), **workload)
         worker.machine_type = sizing.serve.machine.name
     cloud = options.view_as(GoogleCloudOptions)
     _set_accelerator(cloud, worker.machine_type, device)
@@ -106,6 +105,11 @@ def set_defaults(
         # Two runs may be under way at a time; the name tells which is which.
         cloud.job_name = valid_job_name(f"ask-{Path(model_name).name}")[:47].rstrip("-")
         cloud.job_name += time.strftime("-%Y%m%d-%H%M%S")
+
+
+def wants_gpu(device: str | None) -> bool:
+    """Whether a GPU is asked for: ``"cuda"``, or one of several, as ``"cuda:0"``."""
+    return (device or "").startswith("cuda")
 
 
 def torch_threads(options: PipelineOptions) -> int | None:
@@ -211,7 +215,7 @@ def _set_accelerator(cloud: GoogleCloudOptions, machine_type: str, device: str |
         # driver is installed when a worker starts: the images have none.
         accelerator = f"type:{machine.gpu};count:{machine.gpu_count};install-nvidia-driver"
         cloud.dataflow_service_options = [*service_options, f"{ACCELERATOR}={accelerator}"]
-    elif (device or "").startswith("cuda"):
+    elif wants_gpu(device):
         raise OptionError(
             f"--device=cuda, and the machine type {machine_type} has no GPU that is known here: leave "
             "--machine_type out, name one of the g2, a2 or a3 families, or name the GPU to attach: "

@@ -68,11 +68,19 @@ def measure_throughput(
         prompts = [PROMPTS[n % len(PROMPTS)] for n in range(size)]
         for _ in range(repeats):
             for dtype, model in by_dtype.items():
-                rates.setdefault((dtype, size), []).append(_rate(model, prompts, generation))
+                tokens, seconds = timed_ask(model, prompts, generation, size)
+                rates.setdefault((dtype, size), []).append(tokens / seconds)
     return [Throughput(dtype, size, statistics.median(runs)) for (dtype, size), runs in rates.items()]
 
 
-def _rate(model: LanguageModel, prompts: Sequence[str], generation: Generation) -> float:
+def timed_ask(
+    model: LanguageModel, prompts: Sequence[str], generation: Generation, max_batch_size: int
+) -> tuple[int, float]:
+    """Asks, and returns the tokens generated and the seconds that it took.
+
+    Raises:
+        RuntimeError: a prompt failed, so that there is no rate.
+    """
     tokens = 0
 
     def count(batch) -> None:
@@ -80,10 +88,10 @@ def _rate(model: LanguageModel, prompts: Sequence[str], generation: Generation) 
         tokens += batch.response_tokens
 
     started = time.perf_counter()
-    answers = model.ask(prompts, generation, max_batch_size=len(prompts), on_batch=count)
+    answers = model.ask(prompts, generation, max_batch_size=max_batch_size, on_batch=count)
     seconds = time.perf_counter() - started
     if failed := [answer.error for answer in answers if isinstance(answer, Failure)]:
         raise RuntimeError(
             f"{len(failed)} of {len(prompts)} prompts failed, so there is no rate: {failed[0]}"
         )
-    return tokens / seconds
+    return tokens, seconds
