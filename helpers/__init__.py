@@ -1,1 +1,26 @@
 """Streaming LLM inference with Apache Beam and Dataflow: from a model's name to a running job."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+
+
+def public(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], object]]:
+    """What a step's package shows to its users, imported when it is first asked for (PEP 562).
+
+    A command line's `--help`, or the small process that guards a job, must not wait for torch and Beam.
+
+    Args:
+        package: its `__name__`.
+        homes: by module of the package, the public names that it defines.
+
+    Returns:
+        The package's `__all__` and `__getattr__`.
+    """
+    home_of = {name: module for module, names in homes.items() for name in names}
+
+    def find(name: str) -> object:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{home_of[name]}"), name)
+
+    return sorted(home_of), find

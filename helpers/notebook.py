@@ -1,4 +1,4 @@
-"""What every notebook needs: a connection to Google Cloud or to this machine's own, tables, versions."""
+"""What every notebook needs: a connection to Google Cloud or to the local cloud, tables, versions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from helpers import local_cloud
-from helpers.packaged_model import default_cache
+from helpers.files.cache import cache_folder
 
 # What a reader wants to know when something behaves differently elsewhere.
 PACKAGES = ("apache-beam", "torch", "transformers", "google-cloud-aiplatform", "google-cloud-pubsub")
@@ -25,7 +28,7 @@ _google_project = ""
 
 
 class ConnectionFailed(RuntimeError):  # noqa: N818 - reads as what happened
-    """There is no way to the project; the message says what to do."""
+    """The project cannot be reached; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Connection:
 
     Attributes:
         project: the project's id.
-        location: the region, for instance ``us-central1``.
+        location: the region, for instance `us-central1`.
         bucket: the name of a bucket that exists.
-        is_local: whether this machine stands for Google Cloud.
+        is_local: whether this machine stands in for Google Cloud.
     """
 
     project: str
@@ -45,25 +48,25 @@ class Connection:
     is_local: bool
 
     def gs(self, *parts: str) -> str:
-        """A path in the bucket: ``gs("temp")`` is ``gs://BUCKET/temp``."""
+        """A path in the bucket: `gs("temp")` is `gs://BUCKET/temp`."""
         return "/".join([f"gs://{self.bucket}", *parts])
 
     def state_dict_path(self, model_name: str) -> str:
-        """Where the series keeps a model's state dict: ``gs://BUCKET/run-inference/MODEL.pt``."""
-        # The name may be a path, which ends with what the model is called.
+        """Where the series keeps a model's state dict: `gs://BUCKET/run-inference/MODEL.pt`."""
+        # The name may be a path, whose last part is the model's name.
         name = Path(model_name).expanduser().resolve().name if Path(model_name).is_dir() else model_name
         return self.gs("run-inference", f"{name}.pt")
 
 
 def connect(project: str = "", location: str = "us-central1", bucket: str = "") -> Connection:
-    """Connects to a Google Cloud project, or, if ``project`` is empty, to this machine's local cloud.
+    """Connects to a Google Cloud project, or, if `project` is empty, to this machine's local cloud.
 
     Safe to call again: a second call with the same project finds everything in place.
 
     Args:
         project: a project's id; empty means this machine, where nothing costs anything.
         location: the region for the bucket and the jobs.
-        bucket: a bucket's name, made if it does not exist; empty means ``PROJECT-streaming-llm``.
+        bucket: a bucket's name, made if it does not exist; empty means `PROJECT-streaming-llm`.
 
     Raises:
         ConnectionFailed: no credentials, no access to the bucket, or this kernel is connected elsewhere.
@@ -99,8 +102,10 @@ def _connect_to_this_machine() -> str:
     """Starts the local cloud, once in this kernel; returns its project's id."""
     global _local
     if _local is not None and not _local.is_running:
-        # A new one would have other certificates, and gRPC reads those that it trusts only once.
-        raise ConnectionFailed("This machine's local cloud has ended: restart the kernel, run from the top.")
+        # A new one would have new certificates, and gRPC reads its trusted certificates only once.
+        raise ConnectionFailed(
+            "This machine's local cloud has stopped: restart the kernel and run the notebook from the top."
+        )
     if "LOCAL_CLOUD_PROJECT" in os.environ:  # started by an earlier call, or around this process
         return os.environ["LOCAL_CLOUD_PROJECT"]
     _local = local_cloud.launch(_local_cloud_folder())
@@ -114,7 +119,7 @@ def _local_cloud_folder() -> Path:
     repository = Path(__file__).parents[1]
     if (repository / "pyproject.toml").is_file() and os.access(repository, os.W_OK):
         return repository / ".local_cloud"
-    return default_cache() / "local_cloud"
+    return cache_folder("local_cloud")
 
 
 def _create_bucket(connection: Connection) -> None:
@@ -133,12 +138,12 @@ def _create_bucket(connection: Connection) -> None:
         ) from error
     except (ValueError, exceptions.BadRequest) as error:
         raise ConnectionFailed(
-            f"{connection.bucket!r} is no name for a bucket: use 3 to 63 lower-case letters, digits and "
+            f"{connection.bucket!r} is not a valid bucket name: use 3 to 63 lower-case letters, digits and "
             "dashes, with a letter or digit at both ends."
         ) from error
     except exceptions.Conflict as error:
         raise ConnectionFailed(
-            f"The bucket {connection.bucket!r} is someone else's: give the parameter bucket another name."
+            f"The bucket {connection.bucket!r} is someone else's: set the parameter bucket to another name."
         ) from error
     except exceptions.GoogleAPICallError as error:
         raise ConnectionFailed(
@@ -147,8 +152,23 @@ def _create_bucket(connection: Connection) -> None:
         ) from error
 
 
+@cache
+def scratch_folder() -> Path:
+    """A folder for files that this notebook needs while it runs; it goes with the kernel, or by
+    `clean_up`."""
+    folder = tempfile.mkdtemp(prefix="streaming-llm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def clean_up() -> None:
+    """Removes what is in the scratch folder."""
+    for path in scratch_folder().iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def quiet() -> None:
-    """Keeps out of a notebook what a reader can do nothing about; errors still show."""
+    """Hides messages that a notebook's reader can do nothing about; errors still show."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # gRPC reports every fork of a process that uses it, and every connection that a peer closes.
@@ -170,7 +190,7 @@ def versions() -> Table:
 
 
 class Table:
-    """Rows as a table: text in full and to the left, no index; in a terminal, plain text."""
+    """Rows as a table: text in full and left-aligned, no index; in a terminal, plain text."""
 
     def __init__(self, rows: Iterable[Mapping[str, object]]) -> None:
         import pandas as pd
@@ -183,7 +203,7 @@ class Table:
         text = [name for name in self.frame if not pd.api.types.is_numeric_dtype(self.frame[name])]
         styler = self.frame.style.hide(axis="index").format(precision=2, escape="html")
         styler.set_properties(subset=text, **{"text-align": "left", "white-space": "pre-wrap"})
-        # Each header stands over its column: text to the left, numbers to the right.
+        # Each header is aligned like its column: text to the left, numbers to the right.
         styler.set_table_styles(
             {name: [{"selector": "th", "props": "text-align: left"}] for name in text}, overwrite=False
         )
@@ -194,12 +214,12 @@ class Table:
 
 
 def table(rows: Iterable[Mapping[str, object]]) -> Table:
-    """Rows of the same keys as a table for a notebook."""
+    """Rows with the same keys, as a table for a notebook."""
     return Table(rows)
 
 
 class Board:
-    """A table that is shown once and then redrawn in its place, for something that goes on."""
+    """A table that is shown once and then redrawn in place, for work in progress."""
 
     def __init__(self, most_rows: int = 12) -> None:
         self._rows: list[Mapping[str, object]] = []
@@ -207,7 +227,7 @@ class Board:
         self._shown: Any = None
 
     def add(self, row: Mapping[str, object]) -> None:
-        """Adds a row; the oldest goes when there are too many."""
+        """Adds a row; drops the oldest when there are too many."""
         from IPython.display import display
 
         self._rows = [*self._rows, row][-self._most_rows :]

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
-    from helpers.memory.measure_memory import Measurement
+    from helpers.measuring.memory import Measurement
 
 GB = 1e9
-# From dark to light, with a hatch each: shades alone are hard to match with a legend.
+# From dark to light, each with a hatch: shades alone are hard to match with a legend.
 SHADES = (("#1b3a57", ""), ("#4f81b0", "//"), ("#a9c5de", ".."), ("#e3e9ef", "xx"), ("#ffffff", "\\\\"))
 EDGE = "#444444"
 
@@ -34,7 +34,7 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], *, xlabel: str, axes: 
     """Horizontal bars, each of several parts.
 
     Args:
-        bars: label of a bar → name of a part → its length, in the unit that ``xlabel`` names.
+        bars: label of a bar → name of a part → its length, in the unit that `xlabel` names.
         xlabel: what the lengths are, with their unit.
         axes: where to draw.
     """
@@ -59,11 +59,11 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], *, xlabel: str, axes: 
 def grouped_bars(
     labels: Sequence[str], groups: Mapping[str, Iterable[float]], *, xlabel: str, axes: Axes | None = None
 ) -> Axes:
-    """Horizontal bars side by side: for each label one of each group, with its value at the end.
+    """Horizontal bars side by side: one per group for each label, with its value at the end.
 
     Args:
-        labels: of the places along the axis.
-        groups: name → a value for each label, in the unit that ``xlabel`` names.
+        labels: the labels along the axis.
+        groups: name → a value for each label, in the unit that `xlabel` names.
         xlabel: what the values are, with their unit.
         axes: where to draw.
     """
@@ -95,7 +95,7 @@ def predicted_and_measured(measurements: Sequence[Measurement]) -> Axes:
 
 
 def rounding(weights: torch.Tensor) -> None:
-    """What rounding to float16 and bfloat16 does to numbers of any size, above the sizes of real weights.
+    """What rounding to float16 and bfloat16 does to numbers of any size, above a histogram of real weights.
 
     Args:
         weights: some of a model's weights, in any shape.
@@ -123,7 +123,7 @@ def rounding(weights: torch.Tensor) -> None:
 
 
 def _largest_error(low: torch.Tensor, high: torch.Tensor, dtype: str) -> float:
-    """The largest relative error of rounding numbers between two; 1 where they become zero or infinite."""
+    """The largest relative error of rounding numbers from low to high; 1 if any become zero or infinite."""
     import torch
 
     exact = torch.linspace(float(low), float(high), 200, dtype=torch.float64)
@@ -143,7 +143,7 @@ def pipeline_graph(pipeline: beam.Pipeline) -> Axes:
         for step in steps
     }
     column: dict[str, int] = {}
-    for step in steps:  # in the order of their making: what comes before a step has its column already
+    for step in steps:  # in the order they were made: the steps before this one have their columns
         column[step.unique_name] = 1 + max((column[name] for name in before[step.unique_name]), default=-1)
     columns = [
         [name for name in column if column[name] == place] for place in range(1 + max(column.values()))
@@ -156,7 +156,7 @@ def pipeline_graph(pipeline: beam.Pipeline) -> Axes:
     axes = new_axes(width=2.2 * len(columns), height=0.5 + 0.6 * max(map(len, columns)))
     box = {"boxstyle": "round,pad=0.5", "facecolor": SHADES[3][0], "edgecolor": EDGE}
     drawn = {
-        # Without the "[7]: " that Beam puts before the name in a notebook: the cell's number.
+        # Without the cell's number, "[7]: ", which Beam puts before the name in a notebook.
         name: axes.text(*spot, name.rpartition("]: ")[2], ha="center", va="center", bbox=box, fontsize=9)
         for name, spot in place.items()
     }
@@ -172,7 +172,7 @@ def pipeline_graph(pipeline: beam.Pipeline) -> Axes:
 
 
 def latencies(seconds: Sequence[float], *, xlabel: str) -> Axes:
-    """The share of messages that took at most a time, with the median and the 95th percentile marked."""
+    """The share of messages that took at most a given time, with the median and 95th percentile marked."""
     axes = new_axes(height=2.6)
     ordered = sorted(seconds)
     axes.step(ordered, [(index + 1) / len(ordered) for index in range(len(ordered))], "k", where="post")
@@ -185,6 +185,6 @@ def latencies(seconds: Sequence[float], *, xlabel: str) -> Axes:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share``, 0 to 1, of the values do not exceed."""
+    """The smallest value that at least `share`, 0 to 1, of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

@@ -1,4 +1,4 @@
-"""Pub/Sub as the notebooks use it: topics, subscriptions, publish prompts, collect what comes back."""
+"""Pub/Sub for the notebooks: create topics and subscriptions, publish prompts, collect what comes back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from google.api_core.exceptions import AlreadyExists, DeadlineExceeded, NotFound
 from google.cloud import pubsub_v1
 from google.pubsub_v1.types import PubsubMessage
 
-# A pull waits this long for a first message, in seconds, before it is asked again.
+# How long, in seconds, a pull waits for a first message before it is repeated.
 PULL_SECONDS = 5
 
 
 def create_topic(project: str, name: str) -> str:
-    """Makes a topic, unless it is there, and returns its path: ``projects/PROJECT/topics/NAME``."""
+    """Makes a topic, unless it exists, and returns its path: `projects/PROJECT/topics/NAME`."""
     publisher = pubsub_v1.PublisherClient()
     path = publisher.topic_path(project, name)
     with contextlib.suppress(AlreadyExists):
@@ -24,7 +24,7 @@ def create_topic(project: str, name: str) -> str:
 
 
 def create_subscription(topic: str, name: str, *, ack_deadline_seconds: int = 60) -> str:
-    """Makes a subscription to a topic, and returns its path: ``projects/PROJECT/subscriptions/NAME``.
+    """Makes a subscription to a topic, and returns its path: `projects/PROJECT/subscriptions/NAME`.
 
     One of the same name, left by an earlier run, is replaced: its messages are not this run's.
 
@@ -64,16 +64,16 @@ def collect(
     timeout: float = 120,
     progress: Callable[[int], object] | None = None,
 ) -> list[PubsubMessage]:
-    """Receives and acknowledges messages, until there are ``count`` or the time is over.
+    """Receives and acknowledges messages, until there are `count` or time runs out.
 
     Args:
-        subscription: its path.
+        subscription: the subscription's path.
         count: how many to wait for.
         timeout: how long to wait for all of them, in seconds.
-        progress: called with the number of each lot that arrives.
+        progress: called with the number of messages in each lot that arrives.
 
     Returns:
-        The messages in the order of their arrival; fewer than ``count`` if the time was over.
+        The messages in the order of their arrival; fewer than `count` if time ran out.
     """
     messages: list[PubsubMessage] = []
     deadline = time.monotonic() + timeout
@@ -99,16 +99,16 @@ def collect(
 def collect_answers(
     subscription: str, prompt_ids: Iterable[str], *, timeout: float = 120
 ) -> dict[str, PubsubMessage]:
-    """Receives the responses to prompts, whatever else comes, until each has one or the time is over.
+    """Receives the responses to prompts, whatever else arrives, until each has one or time runs out.
 
     Args:
-        subscription: to the responses topic.
-        prompt_ids: the message ids of the prompts, as ``publish`` gives them.
+        subscription: the path of a subscription to the responses topic.
+        prompt_ids: the message ids of the prompts, as `publish` gives them.
         timeout: how long to wait for all of them, in seconds.
 
     Returns:
-        The first response to each prompt that has one, by the prompt's id. A job that delivers at least once
-        may send a second: it is acknowledged, and so are responses to other prompts.
+        The first response to each prompt that has one, by the prompt's id. A job with at-least-once delivery
+        may send a second, which is only acknowledged, as are responses to other prompts.
     """
     wanted = set(prompt_ids)
     answers: dict[str, PubsubMessage] = {}
@@ -122,7 +122,7 @@ def collect_answers(
 
 
 def delete(*paths: str) -> None:
-    """Deletes topics and subscriptions by their paths; those that are gone already are no error."""
+    """Deletes topics and subscriptions by their paths; those already gone are ignored."""
     publisher = pubsub_v1.PublisherClient()
     with pubsub_v1.SubscriberClient() as subscriber:
         for path in paths:

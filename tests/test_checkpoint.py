@@ -10,9 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.state_dicts.checkpoint import Checkpoint, CheckpointError
-from helpers.state_dicts.checkpoint_keys import empty_model, plan_state_dict
-from helpers.state_dicts.rounding import DTYPES, RoundingReport, rounded, rounded_dtype
+from helpers.load_state_dict.checkpoint import Checkpoint, CheckpointError
+from helpers.load_state_dict.checkpoint_keys import plan_state_dict
+from helpers.load_state_dict.rounding import RoundingReport, rounded, rounded_dtype
+from helpers.models import ModelError
+from helpers.models.architecture import architecture_of, read_config
+from helpers.models.dtypes import DTYPES, torch_dtype
+
+
+def empty_model(folder):
+    return architecture_of(read_config(folder)).empty_model()
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def test_an_index_cannot_name_a_file_outside_its_folder(sharded, tmp_path):
     first.rename(tmp_path / "outside.safetensors")
     index_file = sharded / "model.safetensors.index.json"
     index_file.write_text(index_file.read_text().replace(first.name, "../outside.safetensors"))
-    with pytest.raises(CheckpointError, match=r"names the shard outside\.safetensors, which .* lacks"):
+    with pytest.raises(CheckpointError, match=r"is refused: '../outside.safetensors' is not the plain name"):
         Checkpoint(sharded)
 
 
@@ -141,7 +148,7 @@ def test_missing_tensors_are_listed(llama):
 def test_tensors_of_another_shape_are_told(llama):
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
-    with pytest.raises(CheckpointError, match=r"has shape \(261, 32\), but by config\.json \(1000, 32\)"):
+    with pytest.raises(CheckpointError, match=r"has shape \(261, 32\), but config\.json says \(1000, 32\)"):
         plan_state_dict(Checkpoint(llama), empty_model(llama))
 
 
@@ -154,20 +161,20 @@ def test_surplus_tensors_are_listed(llama):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "vit"}, "not the config of a model that turns text into text"),
-        ({"model_type": "no-such-model"}, "not the config of a model that turns text into text"),
+        ({"model_type": "vit"}, "'vit' models do not generate text from text"),
+        ({"model_type": "no-such-model"}, "not the config of a model that transformers knows"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     ],
 )
 def test_configs_of_other_kinds_are_refused(change, message, llama):
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ModelError, match=message):
         empty_model(llama)
 
 
 @pytest.mark.parametrize("values", [[1, -2, 3], [True, False, True]])
-@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("dtype", [torch_dtype(name) for name in DTYPES])
 def test_integers_and_booleans_keep_their_dtype(values, dtype):
     source = torch.tensor(values)
     chunks = list(rounded(source, dtype, "buffer", RoundingReport()))
@@ -176,7 +183,7 @@ def test_integers_and_booleans_keep_their_dtype(values, dtype):
 
 
 def test_rounding_in_chunks_equals_rounding_at_once_and_reports_the_same(monkeypatch):
-    monkeypatch.setattr("helpers.state_dicts.rounding.CHUNK", 64)
+    monkeypatch.setattr("helpers.load_state_dict.rounding.CHUNK", 64)
     source = torch.randn(33, 31, generator=torch.Generator().manual_seed(0)) ** 9
     source.clamp_(-60_000, 60_000)
     source.view(-1)[::50] = 0

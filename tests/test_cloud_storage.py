@@ -15,7 +15,7 @@ from google.cloud.storage import Blob, transfer_manager
 from helpers.local_cloud.cloud_storage.listing import glob_pattern
 from helpers.local_cloud.cloud_storage.object_store import ObjectStore
 from helpers.local_cloud.cloud_storage.preconditions import Preconditions
-from helpers.local_cloud.http_server import HttpError
+from helpers.local_cloud.front.http_server import HttpError
 
 MIB = 1 << 20
 API = "https://storage.googleapis.com"

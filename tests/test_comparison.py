@@ -1,4 +1,4 @@
-"""What a converted model answers is compared with what its checkpoint answers."""
+"""A converted model's answers are compared with its checkpoint's."""
 
 import shutil
 
@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers.load_state_dict import convert
-from helpers.serving.comparison import compare
+from helpers.measuring.comparison import compare
 
 PROMPTS = ["a", "What is the capital of France?", "Why?"]
 
@@ -34,6 +34,6 @@ def test_a_comparison_shows_equal_answers_and_names_the_first_difference(save, t
 def test_a_comparison_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     checkpoint_folders.save_t5(tmp_path / "m")
     convert(str(tmp_path / "m"), tmp_path / "m.pt", progress=False)
-    monkeypatch.setattr("helpers.serving.comparison.HEADROOM", 2**40)
+    monkeypatch.setattr("helpers.measuring.comparison.HEADROOM", 2**40)
     with pytest.raises(MemoryError, match="compare on a larger machine"):
         compare(str(tmp_path / "m"), str(tmp_path / "m.pt"), PROMPTS)

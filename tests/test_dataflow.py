@@ -8,8 +8,8 @@ import pytest
 from tiny_models import save_checkpoint
 
 from helpers import dataflow, pubsub
-from helpers.dataflow import Job, JobError
-from helpers.jobs import job_guard
+from helpers.dataflow import Job, JobError, job_guard
+from helpers.dataflow.__main__ import main
 from helpers.load_state_dict import convert
 
 LOCATION = "us-central1"
@@ -74,11 +74,11 @@ def test_a_job_answers_each_message_and_is_drained_with_nothing_lost(cloud, mode
     )
     assert all(m.attributes["error"] for m in dead)
 
-    # Looked at, as a notebook does.
+    # Watched, as in a notebook.
     first, *_, last = job.watch(seconds=2, every=1, subscription=topics["messages-subscription"])
     assert (first.state, first.answers_per_second) == ("RUNNING", 0.0)
     assert any("RUNNING" in message for message in first.messages)
-    assert not set(first.messages) & set(last.messages), "each message is told once"
+    assert not set(first.messages) & set(last.messages), "each message is reported once"
     assert last.answered == len(ids)
     assert last.dead_letters == 2
     assert last.backlog is None, "the local cloud has no Cloud Monitoring"
@@ -130,12 +130,12 @@ def test_a_name_in_use_is_told_and_a_job_that_does_not_come_in_time(cloud, model
 
 
 def test_an_update_without_a_job_is_told_at_once(cloud, model, topics):
-    with pytest.raises(JobError, match="no running job of the name test-none"):
+    with pytest.raises(JobError, match="no running job named test-none"):
         submit(cloud, model, topics, job_name="test-none", beam_options=["--update"])
 
 
 def test_an_option_that_nobody_knows_is_told():
-    with pytest.raises(TypeError, match="--reload-second=5"):
+    with pytest.raises(TypeError, match="no option reload_second=5: do you mean reload_seconds"):
         dataflow.submit(
             project="my-project",
             location=LOCATION,
@@ -151,10 +151,10 @@ def test_an_option_that_nobody_knows_is_told():
 
 def test_an_image_without_the_helpers_fails_for_that_reason(cloud, model, topics):
     """What the worker imports came from Cloud Storage, not from this environment."""
-    job = submit(cloud, model, topics, beam_options=["--helpers-in-image"])
+    job = submit(cloud, model, topics, helpers_in_image=True)
     pubsub.publish(topics["messages"], ["Hi"])
     try:
-        with pytest.raises(JobError, match=r"No module named 'helpers'[\s\S]*build their image anew"):
+        with pytest.raises(JobError, match=r"No module named 'helpers'[\s\S]*rebuild their image"):
             job.wait_for("DONE", timeout=90)
     finally:
         job.cancel(timeout=60)
@@ -170,7 +170,7 @@ def test_a_topic_that_does_not_exist_fails_the_job_and_is_named(cloud, model, to
 
 
 def test_a_value_out_of_range_is_an_error_and_does_not_end_the_kernel(cloud, model, topics):
-    with pytest.raises(ValueError, match="max-response-tokens: 0 is not 1 or more"):
+    with pytest.raises(ValueError, match="max_response_tokens is 0: it must be 1 or more"):
         submit(cloud, model, topics, max_response_tokens=0)
     with pytest.raises(ValueError, match="there is no option --max-batch-sice"):
         submit(cloud, model, topics, beam_options=["--max-batch-sice=4"])
@@ -205,13 +205,13 @@ def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, 
     try:
         assert job.wait_for("UPDATED", timeout=60) == "UPDATED"
         assert job.successor() == new != job
-        assert job_guard.deadline_of(new, otherwise=5.0) == 4e9, "the time it must end by goes over too"
+        assert job_guard.deadline_of(new, otherwise=5.0) == 4e9, "the new job keeps the deadline"
         after = pubsub.publish(topics["messages"], ["after"])
         responses = pubsub.collect(topics["responses-subscription"], 11, timeout=120)
         by_id = {m.attributes["prompt_message_id"]: m.attributes["model_name"] for m in responses}
         assert sorted(by_id) == sorted(ids + after)
         assert by_id[after[0]] == str(other)
-        assert guard.poll() is None, "the guard follows the job that has taken the place"
+        assert guard.poll() is None, "the guard follows the job that replaced the old one"
         assert new.drain(timeout=60) == "DRAINED"
         guard.wait(30)  # and ends with it
     finally:
@@ -226,7 +226,7 @@ def test_a_job_whose_kernel_died_is_found_and_its_guard_drains_it(cloud, model, 
         [
             sys.executable,
             "-c",
-            "import signal, sys; from helpers import pipeline; pipeline.main(sys.argv[1:]);"
+            "import signal, sys; from helpers.pipeline.__main__ import main; main(sys.argv[1:]);"
             "print('submitted', flush=True); signal.pause()",
             *(f"--messages-subscription={topics['messages-subscription']}",),
             *(f"--responses-topic={topics['responses']}",),
@@ -255,25 +255,25 @@ def test_jobs_of_this_series_are_listed_and_reaped(cloud, model, topics, capsys)
     job = submit(cloud, model, topics, beam_options=["--labels=drain_after=1"])
     assert job_guard.deadline_of(job, otherwise=5.0) == 1.0
     where = ["--project", cloud.project, "--region", LOCATION]
-    assert dataflow.main(["list", *where]) == 0
+    assert main(["list", *where]) == 0
     assert "overdue=yes" in capsys.readouterr().out
-    assert dataflow.main(["watch", *where, "--minutes=0", job.job_id]) == 0
+    assert main(["watch", *where, "--minutes=0", job.job_id]) == 0
     assert "backlog=–  answered=0" in capsys.readouterr().out
-    assert dataflow.main(["reap", *where, "--overdue"]) == 0
+    assert main(["reap", *where, "--overdue"]) == 0
     assert job.job_id in capsys.readouterr().out
-    assert dataflow.main(["scale", *where, "--workers", "1", "3", job.job_id]) == 2
+    assert main(["scale", *where, "--workers", "1", "3", job.job_id]) == 2
     assert "stay as they are" in capsys.readouterr().err
     assert job.state() in ("DRAINED", "CANCELLED")
-    assert dataflow.main(["list", *where]) == 0
+    assert main(["list", *where]) == 0
     assert job.job_id not in capsys.readouterr().out
-    assert dataflow.main(["drain", *where, "no-such-job"]) == 2
+    assert main(["drain", *where, "no-such-job"]) == 2
     assert "no-such-job does not exist" in capsys.readouterr().err
 
 
 PUBLISHED = """
 import subprocess, sys
 from helpers import dataflow, pubsub
-from helpers.jobs import job_guard
+from helpers.dataflow import job_guard
 from helpers.load_state_dict import convert
 from google.cloud import storage
 

@@ -12,10 +12,11 @@ from conftest import wait_until
 from transformers import T5Config
 
 from helpers.files import storage, transfer
+from helpers.files.transfer import crc32c_of
 from helpers.files.whole_file import partial_path
 from helpers.load_state_dict import convert
-from helpers.memory.random_checkpoint import write_random_checkpoint
-from helpers.state_dicts.manifest import crc32c_of, read_manifest
+from helpers.load_state_dict.manifest import read_manifest
+from helpers.measuring.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
     model = write_random_checkpoint(config, tmp_path / "m")
     path = tmp_path / "out" / "m.pt"
     children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["helpers.state_dicts.conversion", "transformers.models.t5.modeling_t5"])
+    children.set_forkserver_preload(["helpers.load_state_dict.writing", "transformers.models.t5.modeling_t5"])
 
     def start() -> tuple[multiprocessing.Process, float]:
         child = children.Process(target=convert, args=(str(model), path), kwargs={"progress": False})

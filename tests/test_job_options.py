@@ -8,11 +8,12 @@ import json
 import time
 from pathlib import Path
 
+import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
 from helpers import pipeline
-from helpers.jobs.job_options import (
+from helpers.dataflow.job_options import (
     OptionError,
     disk_gb,
     label_value,
@@ -20,8 +21,11 @@ from helpers.jobs.job_options import (
     torch_threads,
     valid_job_name,
 )
-from helpers.model_configs import __path__ as CONFIGS
-from helpers.state_dicts.manifest import Manifest
+from helpers.load_state_dict import WrongModelError
+from helpers.load_state_dict.manifest import Manifest
+from helpers.model_handler import AnsweringOptions
+from helpers.models.names import CONFIGS
+from helpers.pipeline.__main__ import main
 
 GB = 10**9
 
@@ -30,7 +34,7 @@ def state_dict(folder: Path, name: str, size: int, dtype: str = "float16") -> st
     """The path of a state dict of a real model's size, as far as a submission looks at it."""
     companion = folder / Path(name).name
     companion.mkdir(parents=True)
-    config = Path(CONFIGS[0]) / f"{name.replace('/', '--')}.json"
+    config = CONFIGS / f"{name.replace('/', '--')}.json"
     (companion / "config.json").write_bytes(config.read_bytes())
     manifest = Manifest(model_name=name, dtype=dtype, parameters=size // 2, bytes=size, crc32c="AAAAAA==")
     (companion / "manifest.json").write_text(manifest.to_json())
@@ -90,8 +94,8 @@ def test_a_cpu_job_has_what_a_language_model_needs(capture):
     # 25 GB for the system, and three times 5.7 GB: as it comes, and twice as it is served.
     assert workers["diskSizeGb"] == 50
     assert job["labels"] == {"series": "streaming-llm", "step": "deploy", "model": "flan-t5-xl"}
-    # The image is Beam's own, of this Beam and this Python.
-    assert workers["workerHarnessContainerImage"].endswith(f":{pipeline.beam.__version__}")
+    # The image is Beam's own, for this Beam and this Python.
+    assert workers["workerHarnessContainerImage"].endswith(f":{beam.__version__}")
     assert job["name"].startswith("ask-flan-t5-xl-")
 
 
@@ -110,7 +114,7 @@ def test_a_gpu_job_names_its_accelerator_and_its_driver(capture):
 
 
 def test_a_state_dict_of_another_model_is_refused_before_a_worker_starts(capture):
-    with pytest.raises(OptionError, match="was made from"):
+    with pytest.raises(WrongModelError, match="was made from"):
         capture(model="google/flan-t5-small")
 
 
@@ -118,7 +122,13 @@ def test_a_state_dict_of_another_model_is_refused_before_a_worker_starts(capture
 def test_a_run_without_an_end_is_refused_before_it_starts(minutes, xl):
     with pytest.raises(OptionError, match="above 0"):
         options = PipelineOptions([])
-        set_defaults(options, model_name="google/flan-t5-xl", state_dict_path=xl, max_run_minutes=minutes)
+        set_defaults(
+            options,
+            model_name="google/flan-t5-xl",
+            state_dict_path=xl,
+            answering=AnsweringOptions(),
+            max_run_minutes=minutes,
+        )
 
 
 def test_a_model_that_is_too_large_for_one_gpu_gets_a_larger_one(tmp_path, capture):
@@ -195,7 +205,13 @@ def test_a_fixed_number_of_workers_has_no_bound_beside_it(capture):
 def test_the_time_a_job_is_given_is_written_on_it(xl):
     options = PipelineOptions(["--machine_type=n4-standard-2"])
     before = time.time()
-    set_defaults(options, model_name="google/flan-t5-xl", state_dict_path=xl, max_run_minutes=10)
+    set_defaults(
+        options,
+        model_name="google/flan-t5-xl",
+        state_dict_path=xl,
+        answering=AnsweringOptions(),
+        max_run_minutes=10,
+    )
     *_, label = options.view_as(GoogleCloudOptions).labels
     name, drain_after = label.split("=")
     assert name == "drain_after"
@@ -242,7 +258,7 @@ def test_what_is_for_dataflow_alone_is_refused_elsewhere():
 
 def test_a_state_dict_that_is_not_there_is_told_before_anything_is_submitted(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*manifest.json does not exist: .*load_state_dict"):
-        pipeline.main(published_command(str(tmp_path / "none.pt")))
+        main(published_command(str(tmp_path / "none.pt")))
 
 
 @pytest.mark.parametrize(

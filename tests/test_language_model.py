@@ -11,12 +11,14 @@ from tiny_models import KINDS, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from helpers.load_state_dict import convert
-from helpers.serving.language_model import Failure, Generation, LanguageModel, Response, batches_by_length
-from helpers.serving.local_state_dict import fetch
-from helpers.serving.model_loading import LoadError, choose_device, choose_dtype, load_model
+from helpers.model_handler import AnsweringOptions, Failure, Response
+from helpers.model_handler.answers import batches_by_length
+from helpers.model_handler.language_model import LanguageModel
+from helpers.model_handler.local_state_dict import fetch
+from helpers.model_handler.model_loading import LoadError, choose_device, choose_dtype, load_model
 
 PROMPTS = ["Hi", "What is the capital of France?", "é", "Write one sentence about the sea.", "a b"]
-GENERATION = Generation(max_response_tokens=12)
+OPTIONS = AnsweringOptions(max_response_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,8 @@ def plain_transformers(checkpoint, prompt: str) -> str:
 def test_prompts_of_different_length_are_answered_as_plain_transformers_answers_each(kind, state_dicts):
     model = load(state_dicts[kind])
     expected = [plain_transformers(state_dicts[kind].parent / "checkpoint", prompt) for prompt in PROMPTS]
-    together = [answer.text for answer in model.ask(PROMPTS, GENERATION)]
-    alone = [model.ask([prompt], GENERATION)[0].text for prompt in PROMPTS]
+    together = [answer.text for answer in model.ask(PROMPTS, OPTIONS)]
+    alone = [model.ask([prompt], OPTIONS)[0].text for prompt in PROMPTS]
     assert together == alone == expected
     assert len(set(expected)) > 1, "the model says the same to every prompt: this test would not see a mix-up"
 
@@ -74,7 +76,7 @@ def test_a_distinct_output_layer_survives_loading(state_dicts):
         assert torch.equal(loaded(**inputs).logits, reference(**inputs).logits)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped where")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped where")
 def test_weights_stay_mapped_from_the_file(state_dicts):
     model = load(state_dicts["llama"]).model
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -89,27 +91,27 @@ def test_weights_stay_mapped_from_the_file(state_dicts):
 
 def test_responses_count_their_tokens(state_dicts):
     model = load(state_dicts["llama"])
-    [answer] = model.ask(["Hi"], Generation(max_response_tokens=5))
+    [answer] = model.ask(["Hi"], AnsweringOptions(max_response_tokens=5))
     assert answer.prompt_tokens == len(model.encode("Hi"))
     assert 1 <= answer.response_tokens <= 5
 
 
 def test_sampling_with_a_seed_is_repeatable(state_dicts):
     model = load(state_dicts["llama"])
-    sampled = Generation(max_response_tokens=12, temperature=1.5, seed=7)
+    sampled = AnsweringOptions(max_response_tokens=12, temperature=1.5, seed=7)
     assert model.ask(PROMPTS, sampled) == model.ask(PROMPTS, sampled)
-    assert model.ask(PROMPTS, sampled) != model.ask(PROMPTS, GENERATION)
+    assert model.ask(PROMPTS, sampled) != model.ask(PROMPTS, OPTIONS)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", 5, None, "\ud800", "x" * 600])
 def test_a_prompt_that_cannot_be_asked_fails_alone(prompt, state_dicts):
-    answers = load(state_dicts["llama"]).ask(["Hi", prompt, "a b"], GENERATION)
+    answers = load(state_dicts["llama"]).ask(["Hi", prompt, "a b"], OPTIONS)
     assert [type(answer) for answer in answers] == [Response, Failure, Response]
 
 
 def test_a_prompt_that_is_too_long_is_cut_if_asked_for(state_dicts):
     model = load(state_dicts["llama"])
-    cut = Generation(max_response_tokens=4, max_prompt_tokens=20, truncate=True)
+    cut = AnsweringOptions(max_response_tokens=4, max_prompt_tokens=20, truncate=True)
     [answer] = model.ask(["é" * 600], cut)
     assert answer.prompt_tokens <= 20
     ids = model.encode("é" * 600, cut)
@@ -119,13 +121,13 @@ def test_a_prompt_that_is_too_long_is_cut_if_asked_for(state_dicts):
 class FailsOn(LanguageModel):
     """Stands for a model on which certain prompts, or batches that are too large, fail."""
 
-    def generate(self, prompts, generation=None):
+    def generate(self, prompts, options=None):
         self.sizes.append(len(prompts))
         if len(prompts) > self.largest:
             raise torch.OutOfMemoryError("no memory")
         if any(len(prompt) == self.poison for prompt in prompts):
             raise RuntimeError("poison")
-        return super().generate(prompts, generation)
+        return super().generate(prompts, options)
 
 
 def failing(path, *, poison=-1, largest=1000) -> FailsOn:
@@ -136,20 +138,22 @@ def failing(path, *, poison=-1, largest=1000) -> FailsOn:
 
 
 def test_a_prompt_over_the_batchs_budget_fails_rather_than_fill_the_memory(state_dicts):
-    [answer] = load(state_dicts["t5_tied"]).ask(["x" * 300], GENERATION, max_batch_tokens=200)
+    [answer] = load(state_dicts["t5_tied"]).ask(
+        ["x" * 300], AnsweringOptions(max_response_tokens=12, max_batch_tokens=200)
+    )
     assert "over the 200" in answer.error
 
 
 def test_only_the_poisonous_prompt_of_a_batch_fails(state_dicts):
     model = failing(state_dicts["t5_tied"], poison=len("poison") + 1)
-    answers = model.ask(["a", "bb", "poison", "dd", "e"], GENERATION)
+    answers = model.ask(["a", "bb", "poison", "dd", "e"], OPTIONS)
     assert [type(answer) for answer in answers] == [Response, Response, Failure, Response, Response]
     assert answers[2].error == "RuntimeError: poison"
 
 
 def test_a_batch_without_memory_is_halved(state_dicts):
     model = failing(state_dicts["t5_tied"], largest=2)
-    answers = model.ask(["a"] * 8, GENERATION)
+    answers = model.ask(["a"] * 8, OPTIONS)
     assert all(isinstance(answer, Response) for answer in answers)
     assert model.sizes == [8, 4, 2, 2, 4, 2, 2]
 

@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-from helpers import packaged_model
+from helpers.files.transfer import crc32c_of
 from helpers.files.whole_file import FileBusyError, partial_path, whole_or_absent
-from helpers.load_state_dict import convert, main
-from helpers.memory.random_checkpoint import write_random_checkpoint
-from helpers.models import ModelError, load_config
-from helpers.state_dicts import conversion
-from helpers.state_dicts.checkpoint import CheckpointError
-from helpers.state_dicts.manifest import companion_folder, crc32c_of, read_manifest
-from helpers.state_dicts.rounding import DTYPES, RoundingError
+from helpers.load_state_dict import convert, writing
+from helpers.load_state_dict.__main__ import main
+from helpers.load_state_dict.checkpoint import CheckpointError
+from helpers.load_state_dict.manifest import companion_folder, read_manifest
+from helpers.load_state_dict.rounding import RoundingError
+from helpers.measuring.random_checkpoint import write_random_checkpoint
+from helpers.models import ModelError, load_config, packaged
+from helpers.models.dtypes import DTYPES, torch_dtype
 
 
 def t5_as_bin(folder: Path) -> None:
@@ -108,7 +109,7 @@ def test_tensors_are_byte_equal_to_those_of_from_pretrained(kind, tmp_path):
         found = torch.load(path, weights_only=True)
         assert list(found) == list(expected)
         for name, tensor in expected.items():
-            rounded = tensor.to(DTYPES[dtype])
+            rounded = tensor.to(torch_dtype(dtype))
             assert found[name].dtype == rounded.dtype
             assert torch.equal(found[name].view(torch.uint8), rounded.view(torch.uint8)), name
 
@@ -278,7 +279,7 @@ def test_files_of_the_model_that_was_there_before_do_not_stay(t5, tmp_path):
 
 
 def test_a_full_disk_is_foreseen_and_told(t5, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "SPARE_BYTES", 2**60)
+    monkeypatch.setattr(writing, "SPARE_BYTES", 2**60)
     with pytest.raises(OSError, match=r"needs \d+\.\d+ GB of disk, and .* are free"):
         convert(str(t5), tmp_path / "t5.pt", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -287,7 +288,7 @@ def test_a_full_disk_is_foreseen_and_told(t5, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_all_the_same_leaves_nothing(t5, tmp_path):
     """A limit on the size of files stands in for the full disk."""
     code = (
-        "import resource, sys; from helpers.load_state_dict import main; "
+        "import resource, sys; from helpers.load_state_dict.__main__ import main; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); sys.exit(main(sys.argv[1:]))"
     )
     command = [
@@ -354,7 +355,7 @@ PEAK_OF_CHILD = """
 import sys, torch
 print("ready", flush=True)
 sys.stdin.readline()
-from helpers.load_state_dict import convert
+from helpers.load_state_dict import convert, writing
 convert(sys.argv[1], sys.argv[2], progress=False)
 """
 
@@ -391,7 +392,7 @@ def test_peak_anonymous_memory_does_not_depend_on_the_models_size(size, tmp_path
 
 def test_a_gguf_file_as_packaged_becomes_the_state_dict_that_transformers_reads_from_it(tmp_path):
     checkpoint_folders.write_gguf(tmp_path / "m.gguf")
-    packaged_model._gguf_to_checkpoint(tmp_path / "m.gguf", tmp_path / "m")
+    packaged._gguf_to_checkpoint(tmp_path / "m.gguf", tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     expected = model.state_dict()
     convert(str(tmp_path / "m"), tmp_path / "m.pt", progress=False)

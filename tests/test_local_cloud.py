@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.local_cloud import LocalCloudError, launch, start
-from helpers.local_cloud.certificates import make_certificate, server_context
-from helpers.local_cloud.environment import no_proxy
-from helpers.local_cloud.http_server import Request, Router
-from helpers.local_cloud.proxy import alpn_protocols, is_google_host
+from helpers.local_cloud.front.certificates import make_certificate, server_context
+from helpers.local_cloud.front.environment import no_proxy
+from helpers.local_cloud.front.http_server import Request, Router
+from helpers.local_cloud.front.proxy import alpn_protocols, is_google_host
 
 PROXY_VARIABLES = [
     name for word in ("http", "https", "all", "no") for name in (f"{word}_proxy", f"{word.upper()}_PROXY")

@@ -21,7 +21,7 @@ from google.cloud import dataflow_v1beta3 as dataflow
 from google.cloud import pubsub_v1, storage
 from google.protobuf import field_mask_pb2, struct_pb2
 
-from helpers.local_cloud.dataflow_worker import graph
+from helpers.local_cloud.dataflow.dataflow_worker import graph
 
 REGION = "us-central1"
 BUCKET = "dataflow-test"
@@ -141,7 +141,7 @@ class Messages:
         return [future.result(60) for future in futures]
 
     def collect(self, subscription, count, seconds=60):
-        """Pulls and acknowledges until `count` messages have come or the time is over."""
+        """Pulls and acknowledges until `count` messages have come or the time is up."""
         collected, end = [], time.monotonic() + seconds
         while len(collected) < count and time.monotonic() < end:
             received = self._subscriber.pull(subscription=subscription, max_messages=1000).received_messages
@@ -325,7 +325,7 @@ def test_a_message_that_always_fails_comes_again_and_lets_others_pass(jobs, pubs
     assert "ValueError: cannot answer bad" in errors[0]
     jobs.ask(job_id, "CANCELLED")
     jobs.wait_for(job_id, "CANCELLED")
-    # With it may come what was answered and, as the job was cancelled, not acknowledged any more.
+    # Messages that were answered but, because of the cancellation, not acknowledged may come with it.
     left: set[bytes] = set()
     for _ in range(3):
         if b"bad" not in left:
@@ -629,7 +629,7 @@ def windows():
 def test_a_worker_dies_with_the_local_cloud(tmp_path):
     code = f"""
 import subprocess, sys, time
-service = "from helpers.local_cloud.dataflow_worker.service import Service"
+service = "from helpers.local_cloud.dataflow.dataflow_worker.service import Service"
 worker = service + "; import time; Service(1); time.sleep(600)"
 started = subprocess.Popen([sys.executable, "-c", worker], stdin=subprocess.PIPE, start_new_session=True)
 open({str(tmp_path / "pid")!r}, "w").write(f"{{started.pid}}\\n")

@@ -49,7 +49,7 @@ def publish(publisher, topic, *texts, **attributes):
 
 
 def pull(subscriber, subscription, count, seconds=30.0):
-    """Pulls until `count` messages have come or the time is over."""
+    """Pulls until `count` messages have come or the time is up."""
     received, end = [], time.monotonic() + seconds
     while len(received) < count and time.monotonic() < end:
         answer = subscriber.pull(subscription=subscription, max_messages=count - len(received))
@@ -191,7 +191,7 @@ def test_streaming_pull_holds_no_more_than_its_flow_control_allows(
         subscription, receive, flow_control=pubsub_v1.types.FlowControl(max_messages=5)
     )
     assert enough.wait(30)
-    # What the stream may not have is left for others.
+    # What the stream may not hold is left for others.
     assert len(pull(subscriber, subscription, 15)) == 15
     assert len(held) == 5
     stream.cancel()

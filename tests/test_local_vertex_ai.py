@@ -15,7 +15,7 @@ from google.api_core import exceptions
 from google.cloud import aiplatform, storage
 from google.cloud.aiplatform_v1.types import JobState
 
-from helpers.local_cloud import sandbox
+from helpers.local_cloud.processes import sandbox
 
 LOCATION = "us-central1"
 PREBUILT_IMAGE = "us-docker.pkg.dev/vertex-ai/training/pytorch-cpu.2-4.py310:latest"
@@ -218,7 +218,7 @@ def test_a_job_dies_with_the_process_that_started_it(tmp_path):
     code = f"""
 import os, sys, time
 from pathlib import Path
-from helpers.local_cloud.process_group import ProcessGroup
+from helpers.local_cloud.processes.process_group import ProcessGroup
 command = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
 ProcessGroup(command, Path({str(tmp_path)!r}), dict(os.environ), open({str(tmp_path / "log")!r}, "wb"))
 time.sleep(600)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from helpers import machine_types
-from helpers.machine_types import GIB, MachineTypeError, cost, get, smallest, smallest_gpu
+from helpers.sizing import machine_types
+from helpers.sizing.machine_types import GIB, MachineTypeError, cost, get, smallest, smallest_gpu
 
 
 @pytest.mark.parametrize(

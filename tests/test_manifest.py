@@ -2,7 +2,13 @@
 
 import pytest
 
-from helpers.state_dicts.manifest import Manifest, companion_folder, crc32c_of, manifest_path, read_manifest
+from helpers.files.transfer import crc32c_of
+from helpers.load_state_dict.manifest import (
+    Manifest,
+    companion_folder,
+    manifest_path,
+    read_manifest,
+)
 
 
 @pytest.mark.parametrize(

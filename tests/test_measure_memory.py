@@ -5,11 +5,11 @@ import torch
 import transformers
 from transformers import T5Config
 
-from helpers.machine_types import GIB
-from helpers.memory.measure_memory import MeasureError, measure_model
-from helpers.memory.process_memory import memory_of, run_and_measure
-from helpers.memory.random_checkpoint import write_random_checkpoint
-from helpers.sizing import WORKER_BYTES, size_model
+from helpers.measuring.memory import MeasureError, measure_model
+from helpers.measuring.process_memory import memory_of, run_and_measure
+from helpers.measuring.random_checkpoint import write_random_checkpoint
+from helpers.sizing.machine_types import GIB
+from helpers.sizing.sizes import WORKER_BYTES, size_model
 
 SMALL, BASE = "google/flan-t5-small", "google/flan-t5-base"
 
@@ -47,7 +47,7 @@ def test_a_random_checkpoint_is_an_ordinary_one_with_a_head_of_its_own(tmp_path)
 
 
 def test_a_model_larger_than_this_machine_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.memory.measure_memory.machine_memory_bytes", lambda: GIB)
+    monkeypatch.setattr("helpers.measuring.memory.machine_memory_bytes", lambda: GIB)
     with pytest.raises(MeasureError, match=r"this machine has 1\.1: measure a smaller model"):
         measure_model(BASE, folder=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -55,7 +55,7 @@ def test_a_model_larger_than_this_machine_is_not_measured(tmp_path, monkeypatch)
 
 def test_a_process_that_fails_or_takes_too_long_is_reported():
     with pytest.raises(MeasureError, match="no-such-workload"):
-        run_and_measure("helpers.memory.memory_workloads", ["no-such-workload", "{}"])
+        run_and_measure("helpers.measuring.memory_workloads", ["no-such-workload", "{}"])
     with pytest.raises(MeasureError, match=r"took longer than 0 s"):
         run_and_measure("http.server", ["0", "--bind", "127.0.0.1"], timeout=0.2)
 

@@ -14,13 +14,12 @@ from apache_beam.testing.util import assert_that, equal_to
 from conftest import wait_until
 from tiny_models import save_checkpoint
 
-from helpers.load_state_dict import convert
-from helpers.model_handler import NAMESPACE, LanguageModelHandler
-from helpers.serving import served_model
-from helpers.serving.language_model import Failure
-from helpers.serving.local_state_dict import fetch
-from helpers.serving.model_loading import LoadError
-from helpers.serving.transforms import AskModel, FailedPromptError
+from helpers.load_state_dict import WrongModelError, convert
+from helpers.model_handler import NAMESPACE, LanguageModelHandler, served_model
+from helpers.model_handler.language_model import Failure
+from helpers.model_handler.local_state_dict import fetch
+from helpers.model_handler.model_loading import LoadError
+from helpers.pipeline.transforms import AskModel, FailedPromptError
 
 RUNNERS = ["BundleBasedDirectRunner", "FnApiRunner"]
 
@@ -135,7 +134,7 @@ def test_a_conversion_that_overflows_is_refused(llama, tmp_path):
 
 
 def test_a_state_dict_of_another_model_is_refused(llama):
-    with pytest.raises(LoadError, match="was made from"):
+    with pytest.raises(WrongModelError, match="was made from"):
         LanguageModelHandler(llama[1], "google/flan-t5-small").load_model()
 
 

@@ -130,7 +130,7 @@ def test_a_kernel_stays_with_the_project_or_the_machine_it_is_connected_to(monke
 
 
 def test_a_bucket_whose_name_cannot_be_is_told(cloud):
-    with pytest.raises(notebook.ConnectionFailed, match="is no name for a bucket"):
+    with pytest.raises(notebook.ConnectionFailed, match="is not a valid bucket name"):
         notebook.connect(bucket="_No Name_")
 
 
@@ -200,6 +200,38 @@ class TestCommitted:
         for cell in nbformat.read(path, 4).cells:
             if cell.cell_type == "code":
                 assert len(cell.source.splitlines()) <= 25, cell.source[:80]
+
+    def test_it_imports_from_the_steps_own_names_only(self, path):
+        for cell in code_cells(path):
+            for node in ast.walk(ast.parse(cell)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers"):
+                    assert node.module.count(".") <= 1, node.module
+                assert not isinstance(node, ast.FunctionDef | ast.ClassDef), "it belongs in a module"
+                is_or_none = isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or)
+                assert not (is_or_none and ast.unparse(node).endswith(" or None")), ast.unparse(node)
+
+    def test_no_cell_leans_on_an_import_of_the_set_up_cell(self, path):
+        [set_up] = [cell for cell in code_cells(path) if "notebook.connect(" in cell]
+        hidden = {
+            alias.asname or alias.name
+            for node in ast.walk(ast.parse(set_up))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        } - {"notebook"}
+        for cell in code_cells(path):
+            tree = ast.parse(cell)
+            own = {
+                alias.asname or alias.name
+                for node in ast.walk(tree)
+                for alias in getattr(node, "names", ())
+                if isinstance(alias, ast.alias)
+            }
+            used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            assert cell == set_up or not (used & hidden) - own, cell
+
+
+def code_cells(path: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import save_checkpoint
 
-from helpers import pipeline as pipeline_module
 from helpers.load_state_dict import convert
-from helpers.serving.transforms import MAX_ATTRIBUTES, AskMessages, FailedPrompt, to_dead_letter, to_response
+from helpers.pipeline.__main__ import main
+from helpers.pipeline.command_line import check_beam_arguments, parser
+from helpers.pipeline.transforms import MAX_ATTRIBUTES, AskMessages, FailedPrompt, to_dead_letter, to_response
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_windows_and_timestamps_are_kept(model):
 
 
 def test_nothing_is_sent_that_pubsub_refuses():
-    """Else publishing it would fail, and be tried again, for ever."""
+    """Otherwise publishing it would fail, and be retried, for ever."""
     attributes = {"googclient_deliveryattempt": "2", "own": "kept"}
     response = to_response((PubsubMessage(b"Hi", attributes, "1"), "text"), "model")
     assert response.attributes["own"] == "kept"
@@ -160,25 +161,33 @@ REQUIRED = ["--messages-topic=t", "--responses-topic=r", "--state-dict-path=p", 
         ([*REQUIRED, "--max_run_minutes=60"], "do you mean --max-run-minutes"),
         ([*REQUIRED, "--exactly_once"], "do you mean --exactly-once"),
         ([*REQUIRED, "--devcie=cuda"], "do you mean --device"),
-        ([*REQUIRED, "--max-response-tokens=0"], "not 1 or more"),
-        ([*REQUIRED, "--max-batch-seconds=0"], "not a time above 0"),
-        ([*REQUIRED, "--reload-seconds=nan"], "not a time above 0"),
+        ([*REQUIRED, "--max-response-tokens=0"], "it must be 1 or more"),
+        ([*REQUIRED, "--max-batch-seconds=0"], "it must be above 0"),
+        ([*REQUIRED, "--reload-seconds=nan"], "it must be above 0"),
+        ([*REQUIRED, "-max-run-minutes=60"], "do you mean --max-run-minutes"),
+        ([*REQUIRED, "max_run_minutes=60"], "do you mean --max-run-minutes"),
+        ([*REQUIRED, "--max-run-minutes=-1"], "not a time above 0"),
+        ([*REQUIRED, "--max_num_worker=2"], "do you mean --max_num_workers"),
+        ([*REQUIRED, "--subnet=x"], "do you mean --subnetwork"),
+        ([*REQUIRED, "--qqqqqqqqq"], "there is no option --qqqqqqqqq\n"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(arguments, message, capsys):
     with mock.patch.object(sys, "argv", ["pipeline", *arguments]), pytest.raises(SystemExit) as exit_:
-        pipeline_module.main()
+        main()
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_no_option_of_beams_own_is_taken_for_one_of_ours():
-    own = [f"--{name}" for name in PipelineOptions().get_all_options()]
+    own = {f"--{name}" for name in PipelineOptions().get_all_options()}
     assert len(own) > 100
-    pipeline_module._refuse_misspelt(pipeline_module.parser(), own)
+    ours = {option for action in parser()._actions for option in action.option_strings}
+    assert own & ours == set()
+    check_beam_arguments(["--project=p", "--region", "r", "--experiments=a", "--labels=b=c", "--streaming"])
 
 
 def test_a_state_dict_that_is_not_there_is_told_on_every_runner():
     command = ["--messages-topic=t", "--responses-topic=r", "--state-dict-path=/none/m.pt", "--model-name=m"]
     with pytest.raises(SystemExit, match=r"error: .*manifest.json does not exist"):
-        pipeline_module.main(command)
+        main(command)

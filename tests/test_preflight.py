@@ -1,9 +1,8 @@
-"""Everything that a job would miss is found before it is submitted, in one list, with what mends it."""
+"""Everything that a job lacks is found before it is submitted, in one list, with what fixes it."""
 
 import subprocess
 import sys
 import uuid
-from pathlib import Path
 
 import pytest
 from google.cloud import pubsub_v1
@@ -11,19 +10,19 @@ from google.protobuf.duration_pb2 import Duration
 from tiny_models import save_checkpoint
 
 from helpers import pubsub
+from helpers.dataflow.job_checks import PreflightError, misses, preflight, require
+from helpers.dataflow.job_estimate import estimate
 from helpers.files.storage import read_bytes
-from helpers.jobs.job_estimate import estimate
 from helpers.load_state_dict import convert
-from helpers.model_configs import __path__ as MODEL_CONFIGS
-from helpers.preflight import PreflightError, misses, preflight, require
-from helpers.state_dicts.manifest import manifest_path
+from helpers.load_state_dict.manifest import manifest_path
+from helpers.models.names import CONFIGS
 
 LOCATION = "us-central1"
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory, cloud, storage_client):
-    """The arguments of a job that misses nothing."""
+    """The arguments of a job that lacks nothing."""
     run = uuid.uuid4().hex[:8]
     checkpoint = tmp_path_factory.mktemp("llama")
     save_checkpoint("llama", checkpoint)
@@ -57,7 +56,7 @@ def test_a_job_that_has_everything_misses_nothing(ready):
     subjects = " ".join(finding.subject for finding in findings if finding.result == "ok")
     for name in ("bucket preflight", "topic", "subscription", "state dict", "machine n4-", "job name"):
         assert name in subjects
-    # What the local cloud does not imitate is said to be skipped, neither fine nor missing.
+    # What the local cloud does not imitate is reported as skipped, neither fine nor missing.
     skipped = {finding.subject for finding in findings if finding.result == "skipped"}
     assert skipped == {"APIs", f"permissions in {ready['project']}"}
     assert findings[0].row().keys() == {"what", "result", "detail", "mend"}
@@ -145,10 +144,10 @@ def test_a_machine_without_room_for_the_model_is_a_miss(ready, storage_client):
     assert misses(unknown) == []
     assert any("catalogue" in finding.detail for finding in unknown)
 
-    config = (Path(MODEL_CONFIGS[0]) / "google--flan-t5-xl.json").read_bytes()
+    config = (CONFIGS / "google--flan-t5-xl.json").read_bytes()
     xl = ready | {"state_dict_path": place(storage_client, ready, "xl", config=config)}
     miss = only_miss(xl, machine_type="n4-standard-2")
-    assert "GB, and it has 7.3 GB for it" in miss.detail
+    assert "GB, but the machine has 7.3 GB for it" in miss.detail
     assert "--machine_type=n4-highmem-2" in miss.mend
     assert only_miss(xl, machine_type="n2-highmem-2").mend.startswith("give --machine_type=n2-highmem-4")
     assert misses(preflight(**xl, machine_type="n4-highmem-2")) == []
@@ -157,7 +156,7 @@ def test_a_machine_without_room_for_the_model_is_a_miss(ready, storage_client):
 
 
 def test_the_command_line_takes_the_jobs_own_and_says_what_is_missing(ready, tmp_path):
-    command = [sys.executable, "-m", "helpers.preflight", "--runner=DataflowRunner"]
+    command = [sys.executable, "-m", "helpers.dataflow", "preflight", "--runner=DataflowRunner"]
     command += [f"--messages-subscription={ready['messages_subscription']}"]
     command += [f"--responses-topic={ready['responses_topic']}-2", f"--model-name={ready['model_name']}"]
     command += [f"--state-dict-path={ready['state_dict_path']}", f"--project={ready['project']}"]

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from helpers.machine_types import MachineTypeError
-from helpers.memory.model_memory import SizingError
 from helpers.models import ModelError
-from helpers.sizing import main, size_model
+from helpers.sizing import size_model
+from helpers.sizing.__main__ import main
+from helpers.sizing.machine_types import MachineTypeError
+from helpers.sizing.model_memory import SizingError
 
 SMALL, BASE, LARGE, XL, XXL = (f"google/flan-t5-{size}" for size in ("small", "base", "large", "xl", "xxl"))
 UL2 = "google/flan-ul2"

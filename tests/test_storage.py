@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from helpers.files import storage, transfer
+from helpers.files.names import UnsafeNameError, inside
 from helpers.files.storage import StorageError
 from helpers.files.whole_file import FileBusyError, partial_path, whole_or_absent
 
@@ -30,7 +31,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """So that a small file goes up as a large one does."""
+    """Makes a small file upload as a large one does."""
     monkeypatch.setattr(transfer, "PART_BYTES", 20_000)
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 2**18)
 
@@ -66,7 +67,7 @@ def test_an_empty_file_comes_back_empty(place, tmp_path):
 def test_another_file_is_replaced_only_when_asked(place, file, tmp_path):
     (tmp_path / "other").write_bytes(b"other")
     storage.upload(file, f"{place}/x")
-    with pytest.raises(FileExistsError, match="ask for overwriting"):
+    with pytest.raises(FileExistsError, match="or overwrite it"):
         storage.upload(tmp_path / "other", f"{place}/x")
     assert storage.read_bytes(f"{place}/x") == file.read_bytes()
     storage.upload(tmp_path / "other", f"{place}/x", overwrite=True)
@@ -175,8 +176,34 @@ def test_a_folder_comes_down_without_its_sub_folders(bucket, tmp_path):
         bucket.blob(name).upload_from_string(name)
     storage.download_folder(f"gs://{bucket.name}/f", tmp_path / "f")
     assert {p.name: p.read_text() for p in (tmp_path / "f").iterdir()} == {"a": "f/a", "b": "f/b"}
+    storage.download_folder(f"gs://{bucket.name}/f", tmp_path / "f", sub_folders=True)
+    assert (tmp_path / "f" / "sub" / "c").read_text() == "f/sub/c"
     with pytest.raises(FileNotFoundError, match="holds nothing"):
         storage.download_folder(f"gs://{bucket.name}/empty", tmp_path / "g")
+
+
+def test_the_placeholder_of_a_folder_is_not_taken_for_a_file(bucket, tmp_path):
+    for name in ("f/", "f/a", "empty/"):
+        bucket.blob(name).upload_from_string("")
+    storage.download_folder(f"gs://{bucket.name}/f", tmp_path / "f")
+    assert [path.name for path in (tmp_path / "f").iterdir()] == ["a"]
+    with pytest.raises(FileNotFoundError, match="holds nothing"):
+        storage.download_folder(f"gs://{bucket.name}/empty", tmp_path / "g")
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.parametrize("name", ["../b", "a/../../b", "/b", "a//b", "a\\b", "a\nb", "..", "", "a/", "."])
+def test_a_name_from_outside_cannot_lead_out_of_its_folder(name, tmp_path):
+    with pytest.raises(UnsafeNameError, match="not the plain name"):
+        inside(tmp_path, name)
+
+
+def test_nothing_is_written_behind_a_link(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path)
+    assert inside(tmp_path / "folder", "a/b.json") == tmp_path / "folder" / "a" / "b.json"
+    with pytest.raises(UnsafeNameError, match="is a link"):
+        inside(tmp_path / "folder", "link/b.json")
 
 
 @pytest.mark.parametrize("uri", ["", "bucket/name", "gs://", "gs://bucket", "gs://bucket/", "gs:///name"])

@@ -62,7 +62,7 @@ def worker(cloud) -> psutil.Process:
 
 
 def collect_ids(subscription: str, wanted: int, seconds: float) -> Counter:
-    """How often each prompt was answered, until ``wanted`` of them were or the time is over."""
+    """How often each prompt was answered, until `wanted` of them were or the time is up."""
     ids, deadline = Counter(), time.monotonic() + seconds
     while len(ids) < wanted and time.monotonic() < deadline:
         messages = pubsub.collect(subscription, wanted - len(ids), timeout=5)
@@ -127,6 +127,6 @@ def test_ten_thousand_messages_one_in_twenty_bad_are_all_accounted_for(cloud, st
         assert BAD[message.data] in message.attributes["error"]
     assert pubsub.collect(paths["messages-subscription"], 1, timeout=2) == [], "nothing is left behind"
     assert job.counters()["dead_letters"] == 500
-    # torch's allocator has what it needs after the first thousands. What the local worker's runner, made anew
-    # for each batch, keeps on top levels off after some more.
+    # torch's allocator has what it needs after the first few thousand. What the local worker's runner, made
+    # afresh for each batch, keeps on top of that levels off after some more.
     assert memory[-1] < memory[2] * 1.1

@@ -16,12 +16,12 @@ from google.cloud.aiplatform_v1 import JobServiceClient
 from safetensors.torch import load_file
 
 from helpers.files import storage
-from helpers.labels import label_value
-from helpers.load_state_dict import main
-from helpers.state_dicts import vertex_conversion
-from helpers.state_dicts.custom_job import JobError
-from helpers.state_dicts.manifest import companion_folder, read_manifest
-from helpers.state_dicts.vertex_conversion import IMAGE, vertex, where_to_convert
+from helpers.files.labels import label_value
+from helpers.load_state_dict import vertex_conversion
+from helpers.load_state_dict.__main__ import main
+from helpers.load_state_dict.custom_job import CustomJobError
+from helpers.load_state_dict.manifest import companion_folder, read_manifest
+from helpers.load_state_dict.vertex_conversion import IMAGE, vertex, where_to_convert
 
 LOCATION = "us-central1"
 
@@ -183,7 +183,7 @@ def test_ctrl_c_asks_whether_to_cancel(is_terminal, answer, goes_on, cloud, buck
         ({"timeout_minutes": 0}, ValueError, "give 1 or more"),
         ({"dtype": "int8"}, ValueError, "not one of float16"),
         ({"model_name": "./nowhere"}, ValueError, "There is no folder nowhere"),
-        ({"location": "atlantis"}, JobError, "atlantis, did not take the job"),
+        ({"location": "atlantis"}, CustomJobError, "atlantis, did not accept the job"),
     ],
 )
 def test_mistakes_are_told_before_a_job_is_started(change, error, message, cloud, bucket, model):

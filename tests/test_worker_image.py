@@ -1,4 +1,4 @@
-"""The workers' image: everything that names a version agrees, and what cannot be built is told."""
+"""The workers' image: all the places that name a version agree, and what cannot be built is reported."""
 
 import gzip
 import io
@@ -13,7 +13,7 @@ import pytest
 from google.cloud.devtools import cloudbuild_v1
 from packaging.requirements import Requirement
 
-from helpers.worker_image import (
+from helpers.dataflow.worker_image import (
     WORKER,
     ImageError,
     build_image,
@@ -41,7 +41,7 @@ def argument(name: str) -> str:
 
 def test_the_requirements_are_those_of_the_constraints():
     assert requirements(PROJECT["dependencies"], CONSTRAINTS) == REQUIREMENTS, (
-        "run: python -m helpers.worker_image requirements pyproject.toml constraints.txt "
+        "run: python -m helpers.dataflow.worker_image requirements pyproject.toml constraints.txt "
         "> helpers/worker/requirements.txt"
     )
     tested = {name.lower().replace("_", "-"): version for name, version in pins(CONSTRAINTS).items()}
@@ -60,7 +60,7 @@ def test_the_image_is_of_the_beam_and_the_python_that_submit():
     (python,) = re.findall(r"tested together on Python (\d+\.\d+)", CONSTRAINTS)
     assert argument("PYTHON_VERSION") == python
     assert sys.version_info >= tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
-    # What runs these tests is what make installs, or the pickles of this test run say nothing of the image.
+    # These tests must run on what make installs, or their pickles would prove nothing about the image.
     if f"{sys.version_info[0]}.{sys.version_info[1]}" == python:
         assert argument("BEAM_VERSION") == apache_beam.__version__
     assert "FROM apache/beam_python${PYTHON_VERSION}_sdk:${BEAM_VERSION}" in DOCKERFILE

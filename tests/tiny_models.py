@@ -48,7 +48,7 @@ VOCABULARY = len(SPECIAL) + 256
 
 
 def t5(*, distinct_head: bool) -> T5ForConditionalGeneration:
-    """A T5; with ``distinct_head`` its output layer differs from its embeddings, as flan-t5's does."""
+    """A T5; with `distinct_head` its output layer differs from its embeddings, as flan-t5's does."""
     torch.manual_seed(1)
     config = T5Config(
         vocab_size=VOCABULARY,

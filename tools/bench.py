@@ -1,8 +1,9 @@
-"""Measures this project beside the usual way, in one run: `make bench`, or `python tools/bench.py --help`.
+"""Compares this project with the usual way, in one run: `make bench`, or `python tools/bench.py --help`.
 
-Compared, on random weights of flan-t5-large's shape: `from_pretrained` with `torch.save`, and this project's
-conversion; Beam's stock PyTorch handler, and this project's, on the same state dict. And the packaged model
-asked one prompt at a time in float32, and in batches. The last line printed is the whole result as JSON.
+On random weights of flan-t5-large's shape, it compares `from_pretrained` and `torch.save` with this project's
+conversion, and Beam's stock PyTorch handler with this project's, on the same state dict. It also compares the
+packaged model asked one prompt at a time in float32 with the same model asked in batches. The last line
+printed is the whole result as JSON.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from helpers.memory.process_memory import high_water_mark, memory_of
+from helpers.measuring.process_memory import high_water_mark, memory_of
+from helpers.models.dtypes import dtype_name
 
 RESPONSE_TOKENS = 16
 PROMPT_TOKENS = 32
@@ -28,16 +30,9 @@ MEASURED = ("load_seconds", "tokens_per_second", "peak_bytes", "rest_bytes")
 
 def load_stock(state_dict_path: str, cache: str):
     """Beam's handler, as the published sample configures it: a function that loads the model."""
-    from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
-    from transformers import AutoConfig, T5ForConditionalGeneration
+    from helpers.measuring.published_sample import handler
 
-    handler = PytorchModelHandlerTensor(
-        state_dict_path=state_dict_path,
-        model_class=T5ForConditionalGeneration,
-        model_params={"config": AutoConfig.from_pretrained(Path(state_dict_path).with_suffix(""))},
-        device="cpu",
-    )
-    return handler.load_model
+    return handler(state_dict_path, Path(state_dict_path).with_suffix("")).load_model
 
 
 def load_ours(state_dict_path: str, cache: str):
@@ -51,7 +46,7 @@ def load_ours(state_dict_path: str, cache: str):
 
 
 def serve(which: str, state_dict_path: str, cache: str) -> None:
-    """A worker's side: loads, answers, tells how long each took, and stays until it is stopped."""
+    """A worker's side: loads, answers, reports how long each took, and stays until it is stopped."""
     # A worker has no notebook packages, which Beam's BigQuery client would import for its progress bars.
     sys.modules.update({"IPython": None, "ipywidgets": None})
     import torch
@@ -74,7 +69,7 @@ def serve(which: str, state_dict_path: str, cache: str) -> None:
 
     answer()  # the first one prepares kernels and reads the weights
     rate = statistics.median(answer() for _ in range(5))
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     print(json.dumps({"load_seconds": loaded, "tokens_per_second": rate, "dtype": dtype}), flush=True)
     sys.stdin.read()
 
@@ -92,7 +87,7 @@ def run_workers(which: str, state_dict_path: str, cache: str, count: int = 1) ->
         if None in reports:
             late = time.monotonic() > deadline
             raise RuntimeError(f"a {which} worker {'took too long' if late else 'failed: see above'}")
-        # Only now: reading this of a large process holds it up, and would spoil the times.
+        # Only now: reading this for a large process holds it up, and would spoil the timings.
         for worker, report in zip(workers, reports, strict=True):
             report["rest_bytes"] = memory_of(worker.pid).proportional
             report["peak_bytes"] = high_water_mark(worker.pid)
@@ -107,7 +102,7 @@ def run_workers(which: str, state_dict_path: str, cache: str, count: int = 1) ->
 def prepare(model_name: str, folder: Path) -> None:
     """Writes a float16 state dict of random weights in the model's shape: model.pt in the folder."""
     from helpers.load_state_dict import convert
-    from helpers.memory.random_checkpoint import write_random_checkpoint
+    from helpers.measuring.random_checkpoint import write_random_checkpoint
     from helpers.models import load_config
 
     checkpoint = write_random_checkpoint(load_config(model_name), folder / "checkpoint")
@@ -115,7 +110,7 @@ def prepare(model_name: str, folder: Path) -> None:
 
 
 def bench_serving(model_name: str, folder: Path) -> dict:
-    """Load time, memory and rate of one worker each, and the memory of two of this project's."""
+    """Load time, memory and rate of one worker of each kind, and the memory of two of this project's."""
     # In a process of its own: if this one had torch's libraries in memory, the workers would share them.
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(prepare, model_name, folder).result()
@@ -176,34 +171,34 @@ def mixed_prompts(count: int) -> list[str]:
 
 
 def bench_batches(prompts: int, folder: Path) -> dict:
-    """Tokens a second of the packaged model: alone in float32, in batches, and through a pipeline."""
+    """Tokens a second of the packaged model: one at a time in float32, in batches, and through a pipeline."""
     import apache_beam as beam
 
     from helpers.load_state_dict import convert
-    from helpers.model_handler import LanguageModelHandler
+    from helpers.measuring.throughput import timed_ask
+    from helpers.model_handler import AnsweringOptions, LanguageModelHandler
+    from helpers.model_handler.served_model import ModelSource
     from helpers.models import DEFAULT_MODEL
-    from helpers.pipeline import AskModel
-    from helpers.serving.language_model import Generation
-    from helpers.serving.served_model import ModelSource
-    from helpers.serving.throughput import timed_ask
+    from helpers.pipeline.stream import AskModel
 
     path, cache = str(folder / "packaged.pt"), str(folder / "cache")
     convert(DEFAULT_MODEL, path, progress=False)
-    asked, generation = mixed_prompts(prompts), Generation(max_response_tokens=32)
+    asked, answering = mixed_prompts(prompts), {"max_response_tokens": 32}
 
     alone, _ = ModelSource(path, dtype="float32", cache_dir=cache).load()
-    options = {"max_batch_size": 64, "cache_dir": cache}
-    # As AskModel's handler, which in this process will find it loaded.
-    batched = LanguageModelHandler(path, DEFAULT_MODEL, max_response_tokens=32, **options).load_model()
+    options = answering | {"max_batch_size": 64, "cache_dir": cache}
+    one, many = AnsweringOptions(**answering, max_batch_size=1), AnsweringOptions(**options)
+    # With the options of AskModel's handler, which will find it loaded in this process.
+    batched = LanguageModelHandler(path, DEFAULT_MODEL, **options).load_model()
     for model in (alone, batched):
-        timed_ask(model, asked[:2], generation, 2)
-    tokens, seconds = timed_ask(alone, asked[: max(8, prompts // 10)], generation, 1)
+        timed_ask(model, asked[:2], many)
+    tokens, seconds = timed_ask(alone, asked[: max(8, prompts // 10)], one)
     one_by_one = tokens / seconds
     generated, piped = [], []
     for _ in range(ROUNDS):
-        generated.append(timed_ask(batched, asked, generation, 64))
+        generated.append(timed_ask(batched, asked, many))
         pipeline = beam.Pipeline(runner="FnApiRunner")
-        pipeline | beam.Create(asked) | AskModel(DEFAULT_MODEL, path, 32, **options)
+        pipeline | beam.Create(asked) | AskModel(DEFAULT_MODEL, path, **options)
         started = time.perf_counter()
         pipeline.run().wait_until_finish()
         piped.append(time.perf_counter() - started)
@@ -215,7 +210,7 @@ def bench_batches(prompts: int, folder: Path) -> dict:
         "rounds": ROUNDS,
         "one_at_a_time_float32_tokens_per_second": one_by_one,
         "batched_tokens_per_second": together,
-        "batched_dtype": str(batched.model.dtype).removeprefix("torch."),
+        "batched_dtype": dtype_name(batched.model.dtype),
         "rate_ratio": together / one_by_one,
         "pipeline_seconds": pipeline_seconds,
         "generate_seconds": generate_seconds,
@@ -225,17 +220,17 @@ def bench_batches(prompts: int, folder: Path) -> dict:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measures this project beside the usual way.")
+    parser = argparse.ArgumentParser(description="Compares this project with the usual way.")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer prompts: a smoke test")
-    parser.add_argument("--only", nargs="+", choices=("conversion", "serving", "batches"), help="these alone")
+    parser.add_argument("--only", nargs="+", choices=("conversion", "serving", "batches"), help="only these")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(*arguments.serve)
         return
     model_name = "google/flan-t5-small" if arguments.quick else "google/flan-t5-large"
-    # What was measured before stays, should only some be measured now, or one of them fail.
+    # Earlier results are kept, in case only some sections run now, or one of them fails.
     result = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:

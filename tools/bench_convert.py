@@ -1,9 +1,9 @@
-"""Converting side by side: this project's way, and `from_pretrained(dtype=...)` with `torch.save`.
+"""Compares this project's conversion with `from_pretrained(dtype=...)` and `torch.save`.
 
     python tools/bench_convert.py [MODEL] [--dtype float16] [--rounds 3]
 
-Each runs in a process of its own, alternating, on the same checkpoint of random weights of the model's real
-shape. What is measured is the conversion, imports apart. The last line of the output is JSON.
+The two alternate, each in a process of its own, on the same checkpoint of random weights in the model's real
+shape. Only the conversion is measured, without imports. The last line of the output is JSON.
 """
 
 import argparse
@@ -15,22 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from helpers.memory.random_checkpoint import write_random_checkpoint
+from helpers.measuring.random_checkpoint import write_random_checkpoint
 from helpers.models import load_config
 
+# The classes are imported beforehand on both sides.
 WAYS = {
     "from_pretrained and torch.save": """
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoConfig
 import transformers.models.t5.modeling_t5, transformers.models.llama.modeling_llama
-def convert(source, target, dtype):
-    config = AutoConfig.from_pretrained(source)
-    model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
-    torch.save(model.state_dict(), target)
+from helpers.measuring.published_sample import convert_in_dtype as convert
 """,
     "helpers.load_state_dict": """
-import helpers.state_dicts.conversion
+import helpers.load_state_dict.writing
 import transformers.models.t5.modeling_t5, transformers.models.llama.modeling_llama
 from helpers.load_state_dict import convert as convert_quietly
 def convert(source, target, dtype):
@@ -67,8 +62,8 @@ def bench(
     """Measures both ways.
 
     Returns:
-        By way: the medians of the seconds, of the processor's seconds, and of the peak anonymous bytes above
-        the interpreter with torch imported; and `speed_ratio`, how many times as fast this project's way was.
+        For each way, the medians of the seconds, the CPU seconds, and the peak anonymous bytes above an
+        interpreter with torch imported; and `speed_ratio`, how many times as fast this project's way was.
     """
     results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:

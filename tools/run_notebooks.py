@@ -28,7 +28,7 @@ def execute(source: Path, folder: Path, parameters: dict[str, object]) -> Path:
 
     Raises:
         PapermillExecutionError: a cell failed; NAME.failed.ipynb in `folder` shows which, and why.
-        DeadKernelError: the kernel died, for want of memory perhaps.
+        DeadKernelError: the kernel died, perhaps for lack of memory.
         CellTimeoutError: a cell took longer than CELL_SECONDS.
     """
     target = folder / source.name
@@ -80,7 +80,7 @@ def answers(path: Path) -> str | None:
 
 
 def _tell_where(folder: Path, source: Path) -> None:
-    print(f"The notebook up to there: {folder / source.stem}.failed.ipynb", file=sys.stderr)
+    print(f"The notebook up to that cell: {folder / source.stem}.failed.ipynb", file=sys.stderr)
 
 
 def main() -> int:
@@ -98,7 +98,7 @@ def main() -> int:
     if missing := [str(source) for source in sources if not source.is_file()]:
         parser.error(f"there is no {', '.join(missing)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    # Of no use to a reader: a warning of the kernel's debugger.
+    # Silences a warning from the kernel's debugger that is of no use to a reader.
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     parameters = {name: yaml.safe_load(value) for name, value in arguments.parameter}
     started, last = time.monotonic(), None
@@ -125,7 +125,7 @@ def main() -> int:
             nbformat.write(without_live_parts(notebook), source)
         print(f"[{number}/{len(sources)}] {source.stem}: {time.monotonic() - begun:.0f} s", flush=True)
         last = answers(done) or last
-    print(f"All in {time.monotonic() - started:.0f} s; the executed notebooks are in {arguments.out}/")
+    print(f"Finished in {time.monotonic() - started:.0f} s; the executed notebooks are in {arguments.out}/")
     if last:
         print(f"\n{last}")
     return 0

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.files.names import inside
 from helpers.files.transfer import (
     CHUNK_BYTES,
     Progress,
@@ -52,7 +53,7 @@ def exists(path: str | os.PathLike) -> bool:
 
     Raises:
         FileNotFoundError: the bucket does not exist.
-        PermissionError, StorageError: Cloud Storage could not be asked.
+        PermissionError, StorageError: Cloud Storage could not be queried.
     """
     if not is_cloud(path):
         return Path(path).is_file()
@@ -73,7 +74,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def size_and_crc32c(path: str | os.PathLike) -> tuple[int, str]:
-    """The size in bytes and the CRC-32C (base64): read for a local file, asked for in Cloud Storage.
+    """The size in bytes and the CRC-32C (base64): computed for a local file, looked up in Cloud Storage.
 
     Raises:
         FileNotFoundError, PermissionError, StorageError: as `read_bytes`.
@@ -92,7 +93,7 @@ def download(
     """Copies a file or an object to `local_file`, in parallel chunks, checked, whole or not at all.
 
     Raises:
-        FileNotFoundError, PermissionError, StorageError: as `read_bytes`; also for a checksum that differs.
+        FileNotFoundError, PermissionError, StorageError: as `read_bytes`; also if the checksum differs.
         FileBusyError: another process is writing `local_file`.
     """
     if not is_cloud(path):
@@ -102,21 +103,30 @@ def download(
     return None
 
 
-def download_folder(path: str, local_folder: str | os.PathLike) -> Path:
-    """Downloads the objects right under `path/`, those that are not there already, and returns the folder.
+def download_folder(path: str, local_folder: str | os.PathLike, sub_folders: bool = False) -> Path:
+    """Downloads the objects under `path/` that `local_folder` lacks, and returns that folder.
+
+    Args:
+        path: `gs://BUCKET/FOLDER`.
+        local_folder: made if need be.
+        sub_folders: whether to download what lies deeper too.
 
     Raises:
         FileNotFoundError: there are none, or the bucket does not exist.
         PermissionError, StorageError: as `read_bytes`.
+        UnsafeNameError: an object's name would lead out of the folder.
     """
     folder = path.rstrip("/") + "/"
     with _explained(folder):
         bucket, prefix = parse(folder)
-        names = [blob.name for blob in _client().list_blobs(bucket, prefix=prefix, delimiter="/")]
+        delimiter = None if sub_folders else "/"
+        names = [blob.name for blob in _client().list_blobs(bucket, prefix=prefix, delimiter=delimiter)]
+    # The console marks a folder with an empty object of its name.
+    names = [name for name in names if not name.endswith("/")]
     if not names:
         raise FileNotFoundError(f"{folder} holds nothing: check the path")
     for name in names:
-        local_file = Path(local_folder) / name.removeprefix(prefix)
+        local_file = inside(local_folder, name.removeprefix(prefix))
         if not local_file.exists():  # files appear whole
             download(f"gs://{bucket}/{name}", local_file)
     return Path(local_folder)
@@ -148,7 +158,7 @@ def upload(
             return delete_parts(found, found.size)
         if found and not overwrite:
             raise _exists_already(path)
-        # Also where overwriting is asked for: what is replaced is what was seen, not what came since.
+        # Even with `overwrite`, this replaces only the object just seen, not one that came since.
         upload_object(local_file, _blob(path), found.generation if found else 0, progress)
     return None
 
@@ -167,12 +177,12 @@ def delete_folder(path: str) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Asks whether the bucket of a `gs://` path lets the account in use write, read and delete objects.
+    """Checks that the bucket of a `gs://` path lets the account in use write, read and delete objects.
 
     Raises:
         FileNotFoundError: the bucket does not exist.
         PermissionError: one of the permissions is missing; the message says which.
-        StorageError: Cloud Storage could not be asked.
+        StorageError: Cloud Storage could not be queried.
     """
     bucket, _ = parse(str(path))
     needed = [f"storage.objects.{verb}" for verb in ("create", "delete", "get", "list")]
@@ -198,7 +208,7 @@ def delete(path: str | os.PathLike) -> None:
 
 
 def _client() -> "Client":
-    # A forked process must not share its parent's connections, nor one account another's client.
+    # A forked process must not share its parent's connections, nor one account use another's client.
     return _client_of(os.getpid(), os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"))
 
 
@@ -239,7 +249,7 @@ def _copy(source: Path, target: str | os.PathLike, progress: Progress | None) ->
 
 
 def _exists_already(path: str | os.PathLike) -> FileExistsError:
-    return FileExistsError(f"{path} exists already: choose another path, or ask for overwriting")
+    return FileExistsError(f"{path} already exists: choose another path, or overwrite it")
 
 
 def _grant(bucket: str) -> str:

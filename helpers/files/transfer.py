@@ -1,9 +1,9 @@
 """Moving one object to or from Cloud Storage: in parallel, in constant memory, every byte checked.
 
 A large upload goes up as parts beside its destination (`NAME.parts/`), which Cloud Storage then composes into
-one object. So the object appears whole, a precondition holds for all of it, and the parts of an interrupted
-upload are used again by the next one. (Google's own `transfer_manager` uploads parallel parts through the XML
-API, which knows no preconditions.)
+one object. So the object appears whole, a precondition holds for all of it, and the next upload reuses the
+parts of an interrupted one. (Google's own `transfer_manager` uploads parallel parts through the XML API,
+which has no preconditions.)
 """
 
 import base64
@@ -24,7 +24,7 @@ PART_BYTES = 64 * 2**20
 """The smallest part worth an upload of its own: files up to this size go up in one request."""
 
 MAX_PARTS = 32
-"""What Cloud Storage composes at once: https://cloud.google.com/storage/docs/composite-objects"""
+"""How many parts Cloud Storage composes at once: https://cloud.google.com/storage/docs/composite-objects"""
 
 THREADS = 4
 
@@ -33,7 +33,7 @@ Progress = Callable[[int], object]
 
 
 class StorageError(OSError):
-    """A transfer that failed for another reason than a missing file or a missing permission."""
+    """A transfer that failed for a reason other than a missing file or permission."""
 
 
 def crc32c_of(path: str | os.PathLike, start: int = 0, size: int | None = None) -> str:
@@ -51,14 +51,14 @@ def crc32c_of(path: str | os.PathLike, start: int = 0, size: int | None = None) 
 
 
 def download_object(blob: "Blob", file_name: str, progress: Progress | None = None) -> None:
-    """Downloads an object into a file that exists, and checks what arrived.
+    """Downloads an object into an existing file, and checks what arrived.
 
     Raises:
         StorageError: the checksum differs.
         google.api_core.exceptions.GoogleAPIError: Cloud Storage refused.
     """
     blob.reload()
-    # All chunks of one generation, although the object may be replaced while they are read.
+    # All chunks come from one generation, even if the object is replaced while they are read.
     fixed = blob.bucket.blob(blob.name, generation=blob.generation)
     os.truncate(file_name, blob.size)
 
@@ -84,10 +84,10 @@ def upload_object(
     """Uploads a file, as one object that appears whole, and checks what arrived.
 
     Args:
-        local_file: to upload.
+        local_file: the file to upload.
         blob: the destination.
-        generation: what must be there when it appears: that generation of the object, or 0 for none.
-        progress: called as the bytes go.
+        generation: the generation of the object that it may replace, or 0 if there must be none.
+        progress: called as bytes are sent.
 
     Raises:
         StorageError: the checksum differs; the object is deleted again.
@@ -123,7 +123,7 @@ def _upload_in_parts(
     progress: Progress | None,
 ) -> None:
     part_size = max(PART_BYTES, -(-size // MAX_PARTS))
-    # The content's checksum in their names: a part is used again only for the same content.
+    # Part names include the content's checksum: a part is reused only for the same content.
     folder = f"{blob.name}.parts/{crc32c.replace('/', '_')}-{size}"
     parts = [
         (
@@ -181,7 +181,7 @@ def _uri(blob: "Blob") -> str:
 
 
 class _Slice(io.RawIOBase):
-    """Part of a file as a file of its own, which reports what is read of it."""
+    """Part of a file as a file of its own, which reports what is read from it."""
 
     def __init__(self, path: str | os.PathLike, start: int, size: int, progress: Progress | None) -> None:
         self._file = open(path, "rb")  # noqa: SIM115 - closed with this object

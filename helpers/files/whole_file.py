@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, and two writers of one file are the user's to avoid.
+except ImportError:  # Windows has no lock: the user must avoid two writers of one file.
     fcntl = None
 
 
@@ -36,7 +36,7 @@ def free_bytes(path: str | os.PathLike) -> int:
 
 @contextmanager
 def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterator[BinaryIO]:
-    """Opens `path` for writing; the file stands at `path` when the block ends well, and not before.
+    """Opens `path` for writing; the file appears at `path` when the block succeeds, and not before.
 
     Args:
         path: the file to write. Its folder is created.
@@ -69,7 +69,7 @@ def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterato
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
-                error.errno, f"no room for {path} ({error.strerror}): free some of its disk, or use another"
+                error.errno, f"no room for {path} ({error.strerror}): free some space, or use another disk"
             ) from error
         raise
     finally:

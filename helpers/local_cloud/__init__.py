@@ -1,8 +1,8 @@
-"""Cloud Storage, Pub/Sub, Vertex AI custom jobs and Dataflow on 127.0.0.1, for Google's clients as they are.
+"""Cloud Storage, Pub/Sub, Vertex AI custom jobs and Dataflow on 127.0.0.1, for Google's unmodified clients.
 
     python -m helpers.local_cloud COMMAND...    runs COMMAND with this machine in Google Cloud's place
-    launch(folder)                              the same for this process, the services in a child process
-    start(folder)                               the services in threads of this process
+    launch(folder)                              the same for this process, with services in a child process
+    start(folder)                               the same, with services in threads of this process
 
 README.md in this folder says what each service imitates and what it does not.
 """

@@ -18,19 +18,23 @@ KILL_SECONDS = 10
 def main() -> int:
     """The command line.
 
-    Beside the command's own, exit codes are a shell's: 2, 126, 127, 128 + a signal.
+    Apart from the command's own, exit codes are those of a shell: 2, 126, 127, 128 + the signal.
     """
     parser = argparse.ArgumentParser(
         prog="python -m helpers.local_cloud",
         description="Run COMMAND with this machine in Google Cloud's place: Cloud Storage, Pub/Sub, "
-        "Vertex AI custom jobs and Dataflow on 127.0.0.1, reached by Google's own clients as they are.",
+        "Vertex AI custom jobs and Dataflow on 127.0.0.1, reached by Google's own unmodified clients.",
     )
     parser.add_argument(
-        "--dir", default=DEFAULT_FOLDER, help=f"folder for objects and logs ({DEFAULT_FOLDER})"
+        "--dir", default=DEFAULT_FOLDER, help=f"folder for objects and logs (default: {DEFAULT_FOLDER})"
     )
-    parser.add_argument("--project", default=DEFAULT_PROJECT, help=f"the project's id ({DEFAULT_PROJECT})")
-    parser.add_argument("--port", type=int, default=0, help="the proxy's port (the system chooses)")
-    parser.add_argument("--offline", action="store_true", help="refuse hosts that are not Google's")
+    parser.add_argument(
+        "--project", default=DEFAULT_PROJECT, help=f"the project's id (default: {DEFAULT_PROJECT})"
+    )
+    parser.add_argument("--port", type=int, default=0, help="the proxy's port (default: any free one)")
+    parser.add_argument(
+        "--offline", action="store_true", help="refuse every host but Google's and this machine"
+    )
     parser.add_argument("--serve", type=int, metavar="PARENT", help=argparse.SUPPRESS)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     options = parser.parse_args()
@@ -50,7 +54,7 @@ def main() -> int:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
-    """Runs the command to its end; signals for this process go on to it."""
+    """Runs the command to its end; signals sent to this process are passed on to it."""
     program = shutil.which(command[0], path=environment.get("PATH"))
     if program is None:
         exists = os.path.exists(command[0])
@@ -79,12 +83,12 @@ def _in_foreground() -> bool:
 
 
 def _die_with_parent() -> list[str]:
-    """What to put before a command so that it ends when this process is killed; Linux can do that."""
+    """A prefix for a command, so that it ends when this process is killed; on Linux only."""
     if sys.platform != "linux":
         return []
     program = (
         "import ctypes, os, signal, sys\n"
-        "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"  # PR_SET_PDEATHSIG, kept over exec
+        "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"  # PR_SET_PDEATHSIG, kept across exec
         f"if os.getppid() == {os.getpid()}: os.execvp(sys.argv[1], sys.argv[1:])"
     )
     return [sys.executable, "-I", "-S", "-c", program]
@@ -93,5 +97,5 @@ def _die_with_parent() -> list[str]:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # while it was starting; what had started is stopped
+    except KeyboardInterrupt:  # during start-up; whatever had started is stopped
         sys.exit(128 + signal.SIGINT)

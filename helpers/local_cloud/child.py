@@ -34,7 +34,7 @@ class Child:
 
     @property
     def is_running(self) -> bool:
-        """Whether the services answer still."""
+        """Whether the services are still running."""
         return self._process.poll() is None
 
     def stop(self) -> None:
@@ -86,7 +86,7 @@ def launch(
 
 
 def _read_line(process: subprocess.Popen, timeout: float) -> bytes:
-    """The first line of the process's output; less when it ends or the time is over."""
+    """The first line of the process's output; less if it ends or the time runs out first."""
     line, deadline = b"", time.monotonic() + timeout
     while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
         if select.select([process.stdout], [], [], left)[0]:

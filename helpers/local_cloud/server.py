@@ -1,4 +1,4 @@
-"""The services, the proxy before them, and what starts and stops them together."""
+"""The services, the proxy in front of them, and what starts and stops them together."""
 
 import contextlib
 import errno
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import grpc
 
-from . import certificates, environment
-from .accounts import Accounts
 from .cloud_storage import CloudStorage
-from .dataflow import Dataflow
-from .http_server import Router, warn_once
-from .proxy import Proxy
-from .pubsub import SERVER_THREADS, PubSub
-from .scratch import Scratch
-from .upstream import Upstream
-from .vertex_ai import VertexAI
+from .dataflow.service import Dataflow
+from .front import certificates, environment
+from .front.accounts import Accounts
+from .front.http_server import Router, warn_once
+from .front.proxy import Proxy
+from .front.upstream import Upstream
+from .processes.scratch import Scratch
+from .pubsub.service import SERVER_THREADS, PubSub
+from .vertex_ai.service import VertexAI
 
 DEFAULT_PROJECT = "local-project"
 GRPC_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
@@ -114,7 +114,7 @@ class LocalCloud:
 
 
 class _NotImitated(grpc.GenericRpcHandler):
-    """Takes the calls that no service has taken."""
+    """Answers the calls that no service handles."""
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         def refuse(_, context: grpc.ServicerContext):
@@ -123,7 +123,7 @@ class _NotImitated(grpc.GenericRpcHandler):
                 grpc.StatusCode.UNIMPLEMENTED, f"{details.method} is not imitated by the local cloud."
             )
 
-        # Nothing is read or written, so the widest kind of call stands for all four.
+        # Nothing is read or written, so the most general kind of call serves for all four.
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 

@@ -1,11 +1,12 @@
-"""Batches: up to a hundred calls of the JSON API in one request (https://cloud.google.com/storage/docs/batch)."""
+"""Batches: up to a hundred calls of the JSON API in one request
+(https://cloud.google.com/storage/docs/batch)."""
 
 import io
 import uuid
 from email.message import Message
 from email.parser import BytesParser
 
-from ..http_server import HttpError, Request, Response, Router, reason_phrase
+from ..front.http_server import HttpError, Request, Response, Router, reason_phrase
 
 MAX_CALLS = 100
 MAX_BATCH_BYTES = 10 << 20
@@ -51,7 +52,7 @@ class Batches:
 
 
 def _inner_request(call: Message, host: str) -> Request:
-    """The request that stands in one part of a batch."""
+    """The request in one part of a batch."""
     text = call.get_payload(decode=True) or b""
     line, _, rest = text.replace(b"\r\n", b"\n").lstrip(b"\n").partition(b"\n")
     head, _, body = rest.partition(b"\n\n")

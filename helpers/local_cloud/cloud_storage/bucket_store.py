@@ -20,16 +20,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..http_server import HttpError
-from ..scratch import Scratch
+from ..front.accounts import PROJECT_NUMBER
+from ..front.http_server import HttpError
+from ..processes.scratch import Scratch
 from .names import check_bucket_name
 from .preconditions import Preconditions
 
-PROJECT_NUMBER = "123456789012"
 MULTI_REGIONS = ("US", "EU", "ASIA")
 READ_ONLY = ("kind", "id", "name", "selfLink", "projectNumber", "locationType", "metageneration", "etag")
 READ_ONLY += ("timeCreated", "updated")
-# What would change what happens to objects, and is not imitated, is refused rather than forgotten.
+# Settings that would change what happens to objects, but are not imitated, are refused rather than ignored.
 REFUSED = {
     "versioning": lambda value: value.get("enabled"),
     "retentionPolicy": lambda value: value.get("retentionPeriod"),
@@ -48,7 +48,7 @@ class BucketStore:
         self._scratch = Scratch(self.own / "partial")
 
     def stop(self) -> None:
-        """Forgets what was being written."""
+        """Discards what was being written."""
         self._scratch.remove()
 
     def new_file(self) -> Path:
@@ -91,19 +91,19 @@ class BucketStore:
         return read_json(self._file(bucket)) or _defaults(bucket, timestamp(folder.stat().st_ctime))
 
     def create(self, fields: dict) -> dict:
-        """Makes a bucket of the resource that a client sent."""
+        """Makes a bucket from the resource that a client sent."""
         bucket = check_bucket_name(str(fields.get("name", "")))
         _refuse(fields)
         now = timestamp()
         with self.locked(bucket):
             if self.folder(bucket).exists():
-                raise HttpError(409, f"The bucket {bucket} exists already, and you own it.", "conflict")
+                raise HttpError(409, f"The bucket {bucket} already exists, and you own it.", "conflict")
             self.folder(bucket).mkdir()
             resource = _defaults(bucket, now)
             return self._write(bucket, resource | {k: v for k, v in fields.items() if k not in READ_ONLY})
 
     def update(self, bucket: str, change: Callable[[dict], None], conditions: Preconditions) -> dict:
-        """Changes the bucket's resource in place, and counts its metageneration on."""
+        """Changes the bucket's resource in place, and increments its metageneration."""
         with self.locked(bucket):
             resource = self.get(bucket)
             conditions.check(resource)
@@ -129,13 +129,13 @@ class BucketStore:
             self._policy_file(bucket).unlink(missing_ok=True)
 
     def policy(self, bucket: str) -> dict:
-        """The bucket's IAM policy as it was set; it is kept, and grants or denies nothing."""
+        """The bucket's IAM policy as it was set; it is stored, but grants or denies nothing."""
         self.get(bucket)
         empty = {"kind": "storage#policy", "version": 1, "etag": etag("0"), "bindings": []}
         return read_json(self._policy_file(bucket)) or empty
 
     def set_policy(self, bucket: str, policy: dict) -> dict:
-        """Replaces the IAM policy, unless it is made from an outdated one."""
+        """Replaces the IAM policy, unless the new one is based on an outdated one."""
         with self.locked(bucket):
             current = self.policy(bucket)["etag"]
             if policy.get("etag", current) != current:
@@ -190,13 +190,13 @@ def _refuse(fields: dict) -> None:
 
 
 def _remove_empty(folder: Path) -> bool:
-    """Removes a folder of nothing but folders; False, with every file in place, when it holds a file."""
+    """Removes a folder that holds only folders; if it holds a file, keeps every file and returns False."""
     if any(files for _, _, files in os.walk(folder)):
         return False
     for path, _, _ in os.walk(folder, topdown=False):
         try:
             os.rmdir(path)
-        except OSError:  # a file, or a link, arrived by hand
+        except OSError:  # a file, or a link, was put there by hand
             return False
     return True
 
@@ -214,7 +214,7 @@ def etag(version: str) -> str:
 
 
 def read_json(path: Path) -> dict | None:
-    """The content of a file; None when there is none, or none that is whole."""
+    """The content of a file; None if it is missing or incomplete."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -1,8 +1,8 @@
-"""An object's bytes, whole or a range, as the JSON API and the XML API send them alike."""
+"""An object's bytes, whole or a range, as both the JSON API and the XML API send them."""
 
 import re
 
-from ..http_server import HttpError, Request, Response
+from ..front.http_server import HttpError, Request, Response
 from .object_store import ObjectStore
 from .preconditions import Preconditions
 
@@ -12,7 +12,7 @@ def media(
 ) -> Response:
     """The response to a download.
 
-    Objects are sent as they are stored: what was stored compressed stays so.
+    Objects are sent as they are stored: what was stored compressed stays compressed.
     """
     refuse_encryption(request)
     resource, file = store.open(bucket, name)
@@ -61,7 +61,7 @@ def _headers(resource: dict) -> dict[str, str]:
 
 
 def _range(header: str, size: int) -> tuple[int | None, int]:
-    """The first and last byte of a Range header; (None, 0) when it asks for the whole, or for nonsense."""
+    """The first and last byte of a Range header; (None, 0) if it asks for the whole, or makes no sense."""
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header.strip())
     if not match or match.groups() == ("", ""):
         return None, 0
@@ -74,13 +74,13 @@ def _range(header: str, size: int) -> tuple[int | None, int]:
 
 
 def check_generation(resource: dict, generation: object) -> None:
-    """Raises HttpError 404 when another generation than the live one is asked for: no other is kept."""
+    """Raises HttpError 404 if a generation other than the live one is asked for: no other is kept."""
     if generation is not None and str(generation) != resource["generation"]:
         name = f"{resource['bucket']}/{resource['name']}"
         raise HttpError(404, f"No such object: {name}#{generation}", "notFound")
 
 
 def refuse_encryption(request: Request) -> None:
-    """Raises HttpError 501 for a customer's own key: to ignore it would leave the object readable without."""
+    """Raises HttpError 501 for a customer's key: ignoring it would leave the object readable without it."""
     if request.headers.get("x-goog-encryption-algorithm") or request.query.get("kmsKeyName"):
         raise HttpError(501, "Encryption keys are not imitated by the local cloud.", "notImplemented")

@@ -6,10 +6,11 @@ Uploads, batches and the XML API have modules of their own.
 from dataclasses import replace
 from pathlib import Path
 
-from ..http_server import HttpError, Request, Response, Router
+from ..front.accounts import PROJECT_NUMBER
+from ..front.http_server import HttpError, Request, Response, Router
 from . import resource as resources
 from .batches import Batches
-from .bucket_store import PROJECT_NUMBER, READ_ONLY
+from .bucket_store import READ_ONLY
 from .downloads import check_generation, media
 from .listing import Listing, decode_token, encode_token, page_size
 from .object_store import ObjectStore
@@ -32,7 +33,7 @@ class CloudStorage:
         self._buckets = self._store.buckets
 
     def stop(self) -> None:
-        """Forgets uploads that were not finished."""
+        """Discards uploads that were not finished."""
         self._store.stop()
 
     def routes(self, router: Router) -> None:
@@ -135,7 +136,7 @@ class CloudStorage:
         self._store.delete(bucket, name, self._conditions_of_live(request, bucket, name))
 
     def _conditions_of_live(self, request: Request, bucket: str, name: str) -> Preconditions:
-        """The preconditions of a change; to name a generation is one more."""
+        """The preconditions of a change; naming a generation adds one more."""
         conditions = Preconditions.of_query(request.query)
         if not (generation := request.query.get("generation")):
             return conditions
@@ -164,7 +165,7 @@ class CloudStorage:
             copy = self._store.partial()
             try:
                 copy.copy(file, source)
-                # A description that is sent replaces the source's as a whole.
+                # If the client sends any fields, they replace all of the source's.
                 fields = resources.writable(sent) or source
                 conditions = Preconditions.of_query(request.query)
                 return self._store.put(to_bucket, to_name, copy, fields, conditions)

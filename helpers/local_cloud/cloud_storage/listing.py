@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
-from ..http_server import HttpError, Request
+from ..front.http_server import HttpError, Request
 
 MAX_PAGE = 1000
 
 
 @dataclass
 class Page:
-    """Objects' names and truncated names ("folders"), a page together; the token asks for what follows."""
+    """The object names and truncated names ("folders") of one page; the token asks for what follows."""
 
     names: list[str] = field(default_factory=list)
     prefixes: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Listing:
 
     @classmethod
     def of_request(cls, request: Request) -> Self:
-        """Reads the query; HttpError 400 when it makes no sense."""
+        """Reads the query; raises HttpError 400 if it makes no sense."""
         query = request.query
         glob, delimiter = query.get("matchGlob"), query.get("delimiter", "")
         if glob and delimiter not in ("", "/"):
@@ -56,7 +56,7 @@ class Listing:
         )
 
     def page(self, names: Iterable[str]) -> Page:
-        """The page, of names that are sorted and begin with the prefix."""
+        """The page, taken from names that are sorted and begin with the prefix."""
         page, last = Page(), self.after
         for name in names:
             if name < self.start or (self.glob and not self.glob.fullmatch(name)):
@@ -65,8 +65,8 @@ class Listing:
                 break
             at = name.find(self.delimiter, len(self.prefix)) if self.delimiter else -1
             entry = name if at < 0 else name[: at + len(self.delimiter)]
-            # Truncated names come in order too: one that was seen, on this page or before, is not after the
-            # last.
+            # Truncated names come in order too: one already seen, on this page or before, does not sort after
+            # the last.
             if entry <= last:
                 continue
             if len(page) == self.limit:
@@ -86,12 +86,12 @@ def page_size(request: Request) -> int:
 
 
 def encode_token(last: str) -> str:
-    """A page token: what follows the page that ended with this entry."""
+    """The page token that asks for what follows this entry, the last of its page."""
     return base64.urlsafe_b64encode(last.encode()).decode()
 
 
 def decode_token(token: str) -> str:
-    """The entry of a page token; HttpError 400 when it is none."""
+    """The entry of a page token; raises HttpError 400 if the token is invalid."""
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except ValueError:
@@ -101,7 +101,7 @@ def decode_token(token: str) -> str:
 def glob_pattern(glob: str) -> re.Pattern:
     """A matchGlob as a regular expression.
 
-    `*` and `?` stop at '/', `**` does not; [a-z], [!a-z] and {a,b} choose, a backslash escapes."""
+    `*` and `?` stop at '/', `**` does not; [a-z], [!a-z] and {a,b} are choices; a backslash escapes."""
     pattern, depth = "", 0
     tokens = re.compile(r"\\.|\*\*|\[[!^]?\]?[^\]]*\]|.", re.DOTALL)
     simple = {"**": ".*", "*": "[^/]*", "?": "[^/]"}

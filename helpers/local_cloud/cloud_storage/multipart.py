@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from email.parser import BytesParser
 
-from ..http_server import HttpError, Request
+from ..front.http_server import HttpError, Request
 
 MAX_METADATA_BYTES = 1 << 20
 
@@ -21,7 +21,7 @@ def related_parts(request: Request) -> tuple[dict, str | None, Iterator[bytes]]:
     mark = b"--" + boundary.encode()
     chunks = request.chunks()
     buffer = b""
-    # Lines end in CR LF, but some clients' in LF alone.
+    # Lines end in CR LF, but from some clients in LF alone.
     line = re.escape(mark) + rb"(?P<eol>\r?\n)"
     headers = rb"(?:[^\r\n]+\r?\n)*"
     head = re.compile(
@@ -45,7 +45,7 @@ def related_parts(request: Request) -> tuple[dict, str | None, Iterator[bytes]]:
 
 
 def _until(end: bytes, buffer: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """What stands before the last `end`, which a line break may follow."""
+    """The bytes before the last `end`, which a line break may follow."""
     held = len(end) + 4
     for chunk in chunks:
         buffer += chunk

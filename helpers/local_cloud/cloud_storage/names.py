@@ -1,6 +1,7 @@
 """What Cloud Storage allows as a name, and where an object of that name lies in a folder.
 
-Rules: https://cloud.google.com/storage/docs/buckets#naming and https://cloud.google.com/storage/docs/objects#naming
+Rules: https://cloud.google.com/storage/docs/buckets#naming and
+https://cloud.google.com/storage/docs/objects#naming
 """
 
 import hashlib
@@ -10,17 +11,17 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from ..http_server import HttpError
+from ..front.http_server import HttpError
 
 MAX_NAME_BYTES = 1024
 # Limits of common file systems; macOS has the shortest paths.
 MAX_SEGMENT_BYTES = 255
 MAX_PATH_BYTES = 1000
-HASHED = "%sha256-"  # no percent-encoded name begins so
+HASHED = "%sha256-"  # no percent-encoded name begins like this
 
 
 def check_bucket_name(name: str) -> str:
-    """The name, or HttpError 400 when Cloud Storage would not have it."""
+    """The name; raises HttpError 400 if Cloud Storage would not allow it."""
     parts = name.split(".")
     length = 3 <= len(name) <= (63 if len(parts) == 1 else 222) and all(len(part) <= 63 for part in parts)
     characters = re.fullmatch(r"[a-z0-9][a-z0-9._-]*[a-z0-9]", name, re.ASCII) and ".." not in name
@@ -44,7 +45,7 @@ def _is_ip_address(name: str) -> bool:
 
 
 def check_object_name(name: object) -> str:
-    """The name, or HttpError 400 when Cloud Storage would not have it."""
+    """The name; raises HttpError 400 if Cloud Storage would not allow it."""
     if not name or not isinstance(name, str):
         raise HttpError(400, "Required: the object's name.", "required")
     if not is_object_name(name):
@@ -68,7 +69,7 @@ def is_object_name(name: str) -> bool:
 
 
 def plain_path(bucket_folder: Path, name: str) -> Path | None:
-    """The path below the bucket's folder that reads as the object's name does; None when no path can."""
+    """The path below the bucket's folder that reads like the object's name; None if no path can."""
     segments = name.split("/")
     if "\0" in name or any(segment in ("", ".", "..") for segment in segments):
         return None
@@ -79,9 +80,9 @@ def plain_path(bucket_folder: Path, name: str) -> Path | None:
 
 
 def file_name(name: str) -> str:
-    """One file name for any object's name, readable where it is short enough."""
+    """A single file name for any object's name, readable if it is short enough."""
     quoted = quote(name, safe=" ")
-    # A dot that leads would make a hidden file, or the folder itself.
+    # A leading dot would make a hidden file, or name the folder itself.
     quoted = "%2E" + quoted[1:] if quoted.startswith(".") else quoted
     if len(quoted) <= MAX_SEGMENT_BYTES:
         return quoted

@@ -2,8 +2,8 @@
 
 An object whose name can be a path is the file ROOT/BUCKET/NAME, so that other programs can read it and a file
 they put there is an object. Names that cannot be paths ('a//b', 'a/', '../a', or 'a/b' beside an object 'a')
-have their bytes in another folder under one file name (bucket_store.py draws the layout). On a file system
-that ignores the case of letters, names that differ in case alone are one object.
+have their bytes in another folder under a single file name (bucket_store.py draws the layout). On a
+case-insensitive file system, names that differ only in case are one object.
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..http_server import HttpError
+from ..front.http_server import HttpError
 from . import resource as resources
 from .bucket_store import BucketStore, read_json
 from .names import check_object_name, file_name, is_object_name, name_of_file, plain_path
@@ -33,11 +33,11 @@ class ObjectStore:
         self.buckets = BucketStore(root)
 
     def stop(self) -> None:
-        """Forgets what was being written."""
+        """Discards what was being written."""
         self.buckets.stop()
 
     def partial(self, components: int = 0) -> PartialObject:
-        """An empty object in the making, for `put`; components: of how many parts it is composed, if any."""
+        """An empty object in the making, for `put`; components: how many parts it is composed of, if any."""
         return PartialObject(self.buckets.new_file(), components)
 
     def names(self, bucket: str, prefix: str = "") -> list[str]:
@@ -80,7 +80,7 @@ class ObjectStore:
     ) -> dict:
         """Makes the partial object the live one, in one step, and returns its resource.
 
-        fields: what the client says of it: the writable fields of an object's resource.
+        fields: what the client says about it: the writable fields of an object's resource.
         """
         own = resources.writable(fields)
         if conditions != NO_CONDITIONS:
@@ -162,7 +162,7 @@ class ObjectStore:
                     break
                 folder.rmdir()
 
-    # What is known of it
+    # What is known about it
 
     def _open(self, bucket: str, name: str) -> tuple[dict, BinaryIO]:
         file = self._path(bucket, name).open("rb")
@@ -186,7 +186,7 @@ class ObjectStore:
         return resource
 
     def _adopt(self, bucket: str, name: str, file: BinaryIO) -> dict:
-        """Gives a file that was put there by hand its resource; it need not be whole yet."""
+        """Gives a file that was put there by hand, perhaps not complete yet, its resource."""
         signature = _signature(os.fstat(file.fileno()))
         checksums = Checksums()
         for chunk in read_chunks(file):
@@ -217,7 +217,7 @@ class ObjectStore:
         self.buckets.write_json(self._record_path(bucket, resource["name"]), record)
 
     def _next_generation(self, bucket: str, name: str, wanted: int) -> int:
-        """A generation, a time in microseconds, later than the last that the name is known to have had."""
+        """A generation, which is a time in microseconds, later than the last one known for the name."""
         previous = read_json(self._record_path(bucket, name))
         return max(wanted, int(previous["resource"]["generation"]) + 1 if previous else 0)
 

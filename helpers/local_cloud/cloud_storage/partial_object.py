@@ -10,13 +10,13 @@ from typing import BinaryIO
 
 import google_crc32c
 
-from ..http_server import CHUNK_BYTES, HttpError
+from ..front.http_server import CHUNK_BYTES, HttpError
 
 
 class Checksums:
     """The size and the checksums of a sequence of bytes, as Cloud Storage writes them: in base64.
 
-    components: how many parts an object is composed of, if any: such an object has no MD5 hash.
+    components: how many parts an object is composed of, if any; a composed object has no MD5 hash.
     """
 
     def __init__(self, components: int = 0):
@@ -27,7 +27,7 @@ class Checksums:
         self._known: tuple[str, str | None] | None = None
 
     def update(self, chunk: bytes) -> None:
-        """Counts some more bytes in."""
+        """Updates the size and checksums with more bytes."""
         self.size += len(chunk)
         self._crc32c.update(chunk)
         if self._md5:
@@ -47,11 +47,11 @@ class Checksums:
 
     @property
     def md5_hex(self) -> str:
-        """The same in hexadecimal digits, "" when there is none."""
+        """The MD5 hash in hexadecimal digits; "" if there is none."""
         return base64.b64decode(self.md5 or "").hex()
 
     def check(self, crc32c: str | None, md5: str | None) -> None:
-        """Raises HttpError 400 when a checksum that a client sent is not that of the bytes that arrived."""
+        """Raises HttpError 400 if a checksum that a client sent does not match the bytes that arrived."""
         for name, sent, computed in (("CRC32C", crc32c, self.crc32c), ("MD5", md5, self.md5)):
             if sent and computed and sent != computed:
                 raise HttpError(

@@ -1,16 +1,17 @@
-"""Conditions on an object's generation that a request may set: https://cloud.google.com/storage/docs/request-preconditions"""
+"""Conditions on an object's generation that a request may set:
+https://cloud.google.com/storage/docs/request-preconditions"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..http_server import HttpError
+from ..front.http_server import HttpError
 
 
 @dataclass(frozen=True)
 class Preconditions:
-    """What must hold of the live object for a request to go on; None asks for nothing.
+    """What must be true of the live object for a request to go ahead; None sets no condition.
 
-    Generation 0 is that of an object that does not exist.
+    Generation 0 stands for an object that does not exist.
     """
 
     generation: int | None = None
@@ -26,7 +27,7 @@ class Preconditions:
 
     @classmethod
     def of_headers(cls, headers: Mapping[str, str]) -> "Preconditions":
-        """From an XML API request's headers, which has the positive ones only."""
+        """From the headers of an XML API request, which has only the positive conditions."""
         names = ("x-goog-if-generation-match", "x-goog-if-metageneration-match")
         generation, metageneration = (_number(headers.get(name), name) for name in names)
         return cls(generation=generation, metageneration=metageneration)
@@ -34,8 +35,8 @@ class Preconditions:
     def check(self, resource: dict | None, reading: bool = False) -> None:
         """Raises HttpError when they do not hold for a resource (None: it does not exist).
 
-        The status is 412; or 304 for a read that wants any generation but this one. A bucket's resource has
-        no generation and is asked for its metageneration only.
+        The status is 412, or 304 for a read that wants any generation but this one. A bucket's resource has
+        no generation, so only its metageneration is checked.
         """
         generation = int(resource.get("generation", 0)) if resource else 0
         metageneration = int(resource["metageneration"]) if resource else 0

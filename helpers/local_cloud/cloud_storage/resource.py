@@ -1,9 +1,10 @@
-"""An object's resource: what the JSON API says of it (https://cloud.google.com/storage/docs/json_api/v1/objects)."""
+"""An object's resource: what the JSON API says of it
+(https://cloud.google.com/storage/docs/json_api/v1/objects)."""
 
 from collections.abc import Callable
 from urllib.parse import quote
 
-from ..http_server import HttpError
+from ..front.http_server import HttpError
 from .bucket_store import etag, timestamp
 from .partial_object import Checksums
 
@@ -19,7 +20,7 @@ TEXT_FIELDS = (
     "customTime",
     "storageClass",
 )
-# What would keep an object from being changed, and is not imitated, is refused rather than forgotten.
+# Fields that would keep an object from being changed, but are not imitated, are refused rather than ignored.
 REFUSED_FIELDS = ("eventBasedHold", "temporaryHold", "retention", "kmsKeyName")
 
 
@@ -54,7 +55,7 @@ def new(bucket: str, name: str, generation: int, content: Checksums, own: dict) 
 
 
 def changed(resource: dict, change: Callable[[dict], dict]) -> dict:
-    """The resource with its writable fields replaced by what `change` makes of them, and counted on."""
+    """The resource with its writable fields replaced by `change`'s result, and the next metageneration."""
     own = {key: resource[key] for key in (*TEXT_FIELDS, "metadata") if key in resource}
     rest = {key: value for key, value in resource.items() if key not in own}
     metageneration = int(resource["metageneration"]) + 1
@@ -71,7 +72,7 @@ def changed(resource: dict, change: Callable[[dict], dict]) -> dict:
 
 
 def writable(fields: dict) -> dict:
-    """What a client may set of the fields it sent.
+    """Those of the fields sent by a client that it may set.
 
     Raises HttpError 400 for a wrong value, 501 for a refused one.
     """
@@ -92,7 +93,7 @@ def writable(fields: dict) -> dict:
 
 
 def _header_value(name: str, value: object) -> str:
-    """The value, which is going to stand in a header of its own."""
+    """The value, checked because it will be sent in a header of its own."""
     if not isinstance(value, str) or any(character in value + name for character in "\r\n\0"):
-        raise HttpError(400, f"Invalid value for {name[:100]!r}: not a text of one line.", "invalid")
+        raise HttpError(400, f"Invalid value for {name[:100]!r}: not a single line of text.", "invalid")
     return value

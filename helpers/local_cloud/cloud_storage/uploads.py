@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..http_server import HttpError, Request, Response, Router
+from ..front.http_server import HttpError, Request, Response, Router
 from .downloads import refuse_encryption
 from .multipart import related_parts
 from .names import check_object_name
@@ -23,7 +23,7 @@ MAX_SESSIONS = 1000  # the oldest makes room for a new one
 
 @dataclass
 class Session:
-    """A resumable upload. `resource` is the finished object's, for a client that did not hear of the end."""
+    """A resumable upload. `resource` is the finished object's, for a client that missed the final answer."""
 
     bucket: str
     name: str
@@ -38,7 +38,7 @@ class Session:
 class Uploads:
     """Serves uploads into a store.
 
-    Sessions live in this process; what they hold is not an object until the end.
+    Sessions live in this process; what they hold becomes an object only at the end.
     """
 
     def __init__(self, store: ObjectStore):
@@ -102,7 +102,7 @@ class Uploads:
         session = self._sessions.get(session_id)
         if session is None or session.bucket != bucket:
             raise HttpError(
-                404, "No such upload session: it may be of a local cloud that has ended.", "notFound"
+                404, "No such upload session: it may belong to a local cloud that has ended.", "notFound"
             )
         with session.lock:
             if session.cancelled:
@@ -117,7 +117,7 @@ class Uploads:
                 return Response(b"", 308, {"Range": f"bytes=0-{kept - 1}"} if kept else {})
             if session.content.size > total:
                 raise HttpError(
-                    400, f"{session.content.size} bytes arrived, {total} were announced.", "invalid"
+                    400, f"{session.content.size} bytes arrived, but {total} were announced.", "invalid"
                 )
             return self._complete(request, session)
 
@@ -141,7 +141,7 @@ class Uploads:
 
 
 def _receive(request: Request, content: PartialObject) -> int | None:
-    """Adds what a request brings, and returns the size that the whole will have; None when that is open."""
+    """Adds what a request brings, and returns the size that the whole will have; None if it is unknown."""
     header = request.headers.get("Content-Range")
     if header is None:  # the body is the whole
         content.append(_unknown(request.chunks(), content.size))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from ..http_server import HttpError, Request, Response, Router
+from ..front.http_server import HttpError, Request, Response, Router
 from .downloads import media, refuse_encryption
 from .names import check_object_name
 from .object_store import ObjectStore
@@ -52,7 +52,7 @@ class XmlApi:
         self._lock = threading.Lock()
 
     def routes(self, router: Router) -> None:
-        """Adds the paths, which would match almost any: call this last."""
+        """Adds the paths, which match almost anything: call this last."""
         add = router.route
         path = "/{bucket}/{name:path}"
         add("GET HEAD", path, HOST)(_in_xml(self._get))
@@ -166,13 +166,13 @@ def _named_parts(request: Request, upload: Upload) -> Iterator[PartialObject]:
         raise HttpError(400, f"The list of parts cannot be read: {error}", "MalformedXML") from None
     numbers = [number for number, _ in named]
     if not named or numbers != sorted(set(numbers)):
-        raise HttpError(400, "Name one part or more, in the order of their numbers.", "InvalidPartOrder")
+        raise HttpError(400, "Name one or more parts, in the order of their numbers.", "InvalidPartOrder")
     for number, etag in named:
         part = upload.parts.get(number)
         if part is None or etag.strip('"') != _etag(part).strip('"'):
-            raise HttpError(400, f"Part {number} did not arrive, or its ETag is another.", "InvalidPart")
+            raise HttpError(400, f"Part {number} did not arrive, or its ETag differs.", "InvalidPart")
         if part.size < MIN_PART_BYTES and number != numbers[-1]:
-            raise HttpError(400, f"Part {number} has less than {MIN_PART_BYTES} bytes.", "EntityTooSmall")
+            raise HttpError(400, f"Part {number} has fewer than {MIN_PART_BYTES} bytes.", "EntityTooSmall")
         yield part
 
 
@@ -216,7 +216,7 @@ def _refuse_subresource(request: Request) -> None:
 
 
 def _in_xml(handler: Callable[..., Response | None]) -> Callable[..., Response | None]:
-    """The handler, with its errors in the XML API's format; their reason is the code."""
+    """The handler, with its errors in the XML API's format; an error's reason becomes its code."""
 
     def answer(request: Request, bucket: str, name: str) -> Response | None:
         try:

@@ -1,0 +1,89 @@
+"""The command line for jobs on Dataflow, and for what they need.
+
+    python -m helpers.dataflow list      --project P --region R
+    python -m helpers.dataflow watch     --project P --region R [--minutes M] JOB
+    python -m helpers.dataflow drain     --project P --region R JOB
+    python -m helpers.dataflow cancel    --project P --region R JOB
+    python -m helpers.dataflow scale     --project P --region R --workers LEAST MOST JOB
+    python -m helpers.dataflow reap      --project P --region R [--overdue]
+    python -m helpers.dataflow preflight ARGUMENTS...
+    python -m helpers.dataflow image     build|requirements ARGUMENTS...
+
+JOB is a job's id or name. `reap` drains every job that these notebooks started; with `--overdue`, those whose
+`--max-run-minutes` are over. `preflight` takes the command line of `python -m helpers.pipeline`, which
+submits a job, and says what that job would miss. `image` builds the workers' image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+
+from google.api_core.exceptions import GoogleAPICallError
+from google.auth.exceptions import GoogleAuthError
+
+from helpers.dataflow import job_checks, worker_image
+from helpers.dataflow.job import Job, JobError
+from helpers.dataflow.job_list import find_name, list_series, reap
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: returns 0 on success, or 2, with a line on stderr, for what the user can fix."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--project", required=True)
+    common.add_argument("--region", required=True)
+    # Two commands have command lines of their own, whose arguments argparse would take for this one's.
+    own = {"preflight": job_checks.main, "image": worker_image.main}
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in own:
+        return own[given[0]](given[1:])
+    parser = argparse.ArgumentParser(prog="python -m helpers.dataflow", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", parents=[common], help="the jobs that these notebooks started")
+    for command, text in (("watch", "until it has ended"), ("drain", "and wait"), ("cancel", "and wait")):
+        one = commands.add_parser(command, parents=[common], help=f"{command} a job {text}")
+        one.add_argument("job", metavar="JOB", help="its id or name")
+        if command == "watch":
+            one.add_argument("--minutes", type=float, default=10.0, help="how long at most (default: 10)")
+    scaler = commands.add_parser("scale", parents=[common], help="set the range of workers for a job")
+    scaler.add_argument("--workers", nargs=2, type=int, required=True, metavar=("LEAST", "MOST"))
+    scaler.add_argument("job", metavar="JOB", help="its id or name")
+    reaper = commands.add_parser("reap", parents=[common], help="drain the jobs that these notebooks started")
+    reaper.add_argument("--overdue", action="store_true", help="only those whose time is up")
+    commands.add_parser("preflight", help="say what a job would miss", add_help=False)
+    commands.add_parser("image", help="build the workers' image", add_help=False)
+    arguments = parser.parse_args(given)
+    try:
+        _run(arguments)
+    except (JobError, GoogleAPICallError, GoogleAuthError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    where = arguments.project, arguments.region
+    if arguments.command == "list":
+        for listed in list_series(*where):
+            _print(listed.row())
+    elif arguments.command == "reap":
+        for listed, state in reap(*where, overdue_only=arguments.overdue):
+            _print({"name": listed.name, "state": state, "job": listed.job.job_id})
+    else:
+        job = find_name(*where, arguments.job) or Job(*where, arguments.job)
+        if arguments.command == "watch":
+            for status in job.watch(seconds=arguments.minutes * 60):
+                _print(status.row())
+        elif arguments.command == "scale":
+            job.scale(*arguments.workers)
+        else:
+            _print({"state": job.drain() if arguments.command == "drain" else job.cancel()})
+
+
+def _print(row: Mapping[str, object]) -> None:
+    print("  ".join(f"{name}={value}" for name, value in row.items() if value != ""), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

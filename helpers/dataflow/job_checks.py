@@ -1,0 +1,230 @@
+"""Finds everything that a job lacks before it is submitted: one list, with the command that fixes each miss.
+
+    python -m helpers.dataflow preflight --messages-subscription ... --runner DataflowRunner --project P ...
+
+It takes the command line of `helpers.pipeline`, and submits nothing. What it cannot check, because the
+account in use is not allowed to or the local cloud has no such service, it reports as skipped, not as a miss.
+
+The permissions are those of the account in use. Those of the workers' own account cannot be checked by
+others: it needs roles/dataflow.worker, roles/storage.objectUser on the buckets, roles/pubsub.subscriber and
+roles/pubsub.publisher.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, WorkerOptions
+from google.api_core.exceptions import GoogleAPICallError
+from google.auth.exceptions import GoogleAuthError
+
+from helpers.dataflow import job_options
+from helpers.dataflow.cloud_checks import (
+    MISS,
+    SKIPPED,
+    Finding,
+    check_apis,
+    check_bucket,
+    check_permissions,
+    check_subscription,
+    check_topic,
+    not_asked,
+)
+from helpers.dataflow.job_list import list_active
+from helpers.files import storage
+from helpers.load_state_dict import Manifest, read_manifest
+from helpers.model_handler import AnsweringOptions
+from helpers.model_handler.options import answering_options, takes_options
+from helpers.models import ModelError
+from helpers.pipeline import CommandLineError
+from helpers.pipeline.command_line import parse, parser
+from helpers.sizing import MachineTypeError, SizingError, machine_types
+
+
+class PreflightError(RuntimeError):
+    """Something is missing; the message is the whole list, with the commands that fix it."""
+
+
+@takes_options
+def preflight(
+    *,
+    project: str,
+    location: str,
+    temp_location: str,
+    state_dict_path: str,
+    model_name: str,
+    responses_topic: str,
+    messages_subscription: str | None = None,
+    messages_topic: str | None = None,
+    dead_letter_topic: str | None = None,
+    job_name: str | None = None,
+    machine_type: str | None = None,
+    **options: Any,
+) -> list[Finding]:
+    """Checks everything that a job needs; the arguments are those of `helpers.dataflow.submit`.
+
+    Args:
+        {options}
+
+    Returns:
+        A finding for each check. `misses` picks what is missing, `require` raises it.
+
+    Raises:
+        TypeError, ValueError: there is no such answering option, or it is out of its range.
+    """
+    answering = answering_options(options)
+    buckets = dict.fromkeys(path for path in (temp_location, state_dict_path) if storage.is_cloud(path))
+    topics = [topic for topic in (messages_topic, responses_topic, dead_letter_topic) if topic]
+    findings = [*check_apis(project), *check_permissions(project)]
+    for name, path in {path.split("/")[2]: path for path in buckets}.items():
+        findings += check_bucket(name, path, project, location)
+    if not storage.is_cloud(temp_location):
+        findings.append(
+            Finding(f"temp_location {temp_location}", MISS, "it is not in a bucket", "give gs://BUCKET/temp")
+        )
+    for topic in dict.fromkeys(topics):
+        findings += check_topic(topic)
+    if messages_subscription:
+        findings += check_subscription(messages_subscription)
+    manifest_findings, manifest = _state_dict(state_dict_path, model_name)
+    findings += manifest_findings
+    if manifest:
+        findings += _machine(state_dict_path, manifest, machine_type, answering)
+    if job_name:
+        findings += _job_name(project, location, job_options.valid_job_name(job_name))
+    return findings
+
+
+def misses(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings that keep a job from running as it should."""
+    return [finding for finding in findings if finding.result == MISS]
+
+
+def require(findings: Iterable[Finding]) -> None:
+    """Raises all misses together.
+
+    Raises:
+        PreflightError: something is missing.
+    """
+    if missing := misses(findings):
+        lines = [f"{one.subject}: {one.detail}.\n    {one.mend}" for one in missing]
+        raise PreflightError("Not ready to run:\n" + "\n".join(f"{n}. {x}" for n, x in enumerate(lines, 1)))
+
+
+def _state_dict(path: str, model_name: str) -> tuple[list[Finding], Manifest | None]:
+    subject = f"state dict {path}"
+    convert = f"python -m helpers.load_state_dict local --model-name={model_name} --state-dict-path={path}"
+    if not storage.is_cloud(path):
+        return [
+            Finding(subject, MISS, "the workers cannot read this machine's disk", "give gs://BUCKET/NAME.pt")
+        ], None
+    try:
+        manifest = read_manifest(path)
+        is_whole = manifest.describes(path)
+    except (OSError, ValueError) as error:
+        return [Finding(subject, MISS, str(error), convert)], None
+    if not is_whole:
+        finding = Finding(
+            subject, MISS, "it is not the file that its manifest describes", f"{convert} --overwrite"
+        )
+    elif not manifest.is_of(model_name):
+        finding = Finding(
+            subject,
+            MISS,
+            f"it was made from {manifest.model_name}",
+            f"give --model-name={manifest.model_name}, or the path of {model_name}'s state dict",
+        )
+    else:
+        finding = Finding(subject, detail=f"{manifest.bytes / 1e9:.2f} GB, {manifest.dtype}")
+    return [finding], manifest
+
+
+def _machine(
+    path: str, manifest: Manifest, machine_type: str | None, answering: AnsweringOptions
+) -> Iterator[Finding]:
+    wants_gpu, workload = job_options.wants_gpu(answering.device), answering.workload()
+    machine = machine_types.CATALOGUE.get(machine_type or "")
+    if machine_type and machine is None:
+        detail = "it is not in this project's catalogue, so it is not known whether the model fits"
+        yield Finding(f"machine {machine_type}", SKIPPED, detail)
+        return
+    subject = f"machine {machine_type or '(from sizing)'}"
+    try:
+        if machine is None:
+            sizing = job_options.size_for_serving(path, manifest, on_gpu=wants_gpu, **workload)
+            machine = sizing.serve.machine
+            yield Finding(f"machine {machine.name}", detail="the smallest that holds the model")
+            return
+        sizing = job_options.size_for_serving(path, manifest, family=machine.family, **workload)
+    except (MachineTypeError, ModelError, SizingError, OSError, ValueError) as error:
+        yield Finding(subject, MISS, str(error), "choose a smaller model, or another family of machines")
+        return
+    if wants_gpu and not machine.gpu:
+        yield Finding(
+            subject, MISS, "it has no GPU", "leave the machine type out, or name one of g2, a2 or a3"
+        )
+        return
+    memory = machine.gpu_memory_bytes if machine.gpu else machine.memory_bytes
+    needed, usable = sizing.serve.memory_bytes, memory * (1 - sizing.headroom)
+    if needed > usable:
+        yield Finding(
+            subject,
+            MISS,
+            f"the model needs {needed / 1e9:.1f} GB, but the machine has {usable / 1e9:.1f} GB for it",
+            f"give --machine_type={sizing.serve.machine.name}, or leave it out",
+        )
+    else:
+        yield Finding(subject, detail=f"{needed / 1e9:.1f} of {usable / 1e9:.1f} GB")
+
+
+def _job_name(project: str, location: str, name: str) -> Iterator[Finding]:
+    subject = f"job name {name}"
+    try:
+        active = list_active(project, location)
+    except (GoogleAPICallError, GoogleAuthError) as error:
+        yield not_asked(subject, error, "--role=roles/dataflow.developer")
+        return
+    for one in active:
+        if one.name == name:
+            command = f"python -m helpers.dataflow drain --project={project} --region={location} {name}"
+            yield Finding(
+                subject, MISS, f"in use by {one.job.job_id}, {one.state}", f"{command}, or another name"
+            )
+            return
+    yield Finding(subject)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: returns 0 if nothing is missing, or else 2, with the misses on stderr."""
+    own = parser("python -m helpers.dataflow preflight")
+    own.description = "Says what a job would miss; the arguments are those of python -m helpers.pipeline."
+    try:
+        own.parse_known_args(argv)  # for its --help
+        given = parse(argv)
+    except CommandLineError as error:
+        own.print_usage(sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    beam_options = PipelineOptions(given.beam)
+    cloud, worker = beam_options.view_as(GoogleCloudOptions), beam_options.view_as(WorkerOptions)
+    if absent := [n for n in ("project", "region", "temp_location") if not getattr(cloud, n)]:
+        print(f"error: give {', '.join(f'--{name}' for name in absent)}", file=sys.stderr)
+        return 2
+    try:
+        findings = preflight(
+            **given.arguments,
+            project=cloud.project,
+            location=cloud.region,
+            temp_location=cloud.temp_location,
+            job_name=cloud.job_name,
+            machine_type=worker.machine_type,
+        )
+        for finding in findings:
+            print(f"{finding.result:8}{finding.subject}  {finding.detail}".rstrip())
+        require(findings)
+    except (PreflightError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

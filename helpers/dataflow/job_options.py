@@ -1,0 +1,237 @@
+"""Defaults for a Dataflow job that serves a language model.
+
+Dataflow's own defaults suit many small elements: a process for each vCPU, a dozen threads in each, up
+to a hundred workers, each element exactly once. A language model is one large thing that uses every core.
+Whatever the user gives on the command line is kept, also in `--experiments` and
+`--dataflow_service_options`.
+
+How Beam 2.77 reads the options: `apache_beam.options.pipeline_options`; how they reach the job:
+`apache_beam.runners.dataflow.internal.apiclient`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+import time
+from pathlib import Path
+
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    SetupOptions,
+    WorkerOptions,
+)
+
+from helpers.dataflow.job_guard import DRAIN_LABEL
+from helpers.files import storage
+from helpers.files.labels import SERIES, label_value
+from helpers.files.package import build_wheel
+from helpers.load_state_dict import Manifest, companion_folder, read_manifest
+from helpers.model_handler import AnsweringOptions
+from helpers.sizing import machine_types
+from helpers.sizing.machine_types import MachineType, MachineTypeError
+from helpers.sizing.sizes import SYSTEM_DISK_BYTES, Sizing, compute_dtype_on, size_model
+
+# Room to grow under load, and a bound on what a forgotten job costs. Dataflow's own bound is 100 workers.
+MAX_WORKERS = 4
+# A model answers one batch at a time. Meanwhile the other threads read, write and gather the next ones.
+HARNESS_THREADS = 4
+MINIMUM_WORKER_DISK_GB = 30
+WORKER_DISK_STEP_GB = 10
+ACCELERATOR = "worker_accelerator"
+
+
+class OptionError(ValueError):
+    """Invalid or conflicting options; the message says what to do."""
+
+
+def set_defaults(
+    options: PipelineOptions,
+    *,
+    model_name: str,
+    state_dict_path: str,
+    answering: AnsweringOptions,
+    exactly_once: bool = False,
+    max_run_minutes: float | None = None,
+) -> None:
+    """Sets the options that the user has left unset.
+
+    Args:
+        options: the job's options; changed in place.
+        model_name: as for the pipeline.
+        state_dict_path: `gs://.../NAME.pt`; its size and its model's determine the machine and its disk.
+        answering: the device decides between machines with a GPU and without, and the largest batch on their
+            memory.
+        exactly_once: whether Dataflow removes duplicates, at more latency and cost.
+        max_run_minutes: noted on the job, so that `helpers.dataflow.job_guard` and `job_list` can enforce it.
+
+    Raises:
+        OptionError: a GPU is asked for on a machine that has none, or the time is not above 0.
+        WrongModelError: the state dict was made from another model.
+        FileNotFoundError, PermissionError, StorageError: the state dict or its manifest cannot be read.
+        MachineTypeError, SizingError: no machine is large enough, or the model is of no known kind.
+    """
+    if max_run_minutes is not None and not 0 < max_run_minutes < math.inf:
+        raise OptionError(f"max_run_minutes is {max_run_minutes}: it must be above 0.")
+    manifest = read_manifest(state_dict_path)
+    manifest.check_model(state_dict_path, model_name)  # each worker would refuse it, and start again for ever
+    worker = options.view_as(WorkerOptions)
+    if not worker.machine_type:
+        on_gpu = wants_gpu(answering.device)
+        sizing = size_for_serving(state_dict_path, manifest, on_gpu=on_gpu, **answering.workload())
+        worker.machine_type = sizing.serve.machine.name
+    cloud = options.view_as(GoogleCloudOptions)
+    _set_accelerator(cloud, worker.machine_type, answering.device)
+    _set_processes(options.view_as(DebugOptions))
+    _set_delivery(cloud, exactly_once)
+    _set_scaling(worker)
+    worker.disk_size_gb = worker.disk_size_gb or disk_gb(manifest, worker.machine_type)
+    _set_labels(cloud, model_name, max_run_minutes)
+    cloud.job_name = cloud.job_name or new_job_name(model_name)
+
+
+def wants_gpu(device: str | None) -> bool:
+    """Whether a GPU is asked for: `"cuda"`, or one of several, such as `"cuda:0"`."""
+    return (device or "").startswith("cuda")
+
+
+def torch_threads(options: PipelineOptions) -> int | None:
+    """How many torch threads each worker process gets; None for torch's own choice, one for each vCPU.
+
+    With `--experiments=use_multiple_sdk_containers` there is already a process for each vCPU.
+    """
+    many = options.view_as(DebugOptions).lookup_experiment("use_multiple_sdk_containers")
+    return 1 if many else None
+
+
+def stage_helpers(options: PipelineOptions, folder: str) -> None:
+    """Sends this package along to the workers, as a wheel.
+
+    Beam's container installs a wheel that is sent along over whatever version of it the image has, and after
+    that those of its dependencies that the image has not. With the image of `helpers.dataflow.worker_image`
+    that is none. Without an image, each worker installs torch and the others when it starts, over the
+    network.
+
+    Args:
+        options: of the job; changed in place.
+        folder: for the wheel, which must be there until the job is submitted.
+    """
+    setup = options.view_as(SetupOptions)
+    setup.extra_packages = [*(setup.extra_packages or []), str(build_wheel(folder))]
+
+
+def size_for_serving(
+    state_dict_path: str,
+    manifest: Manifest,
+    *,
+    on_gpu: bool = False,
+    family: str | None = None,
+    **workload: int,
+) -> Sizing:
+    """Sizes a converted model by the config beside its state dict, without a hub.
+
+    Args:
+        state_dict_path: `.../NAME.pt`.
+        manifest: its manifest.
+        on_gpu: whether to choose a machine with a GPU, of the smallest kind that fits.
+        family: the machine's family, rather than `on_gpu`.
+        workload: `batch_size`, `prompt_tokens`, `response_tokens`, `processes` of `size_model`; without them
+            the largest batch of the default answering options.
+
+    Raises:
+        FileNotFoundError, PermissionError, StorageError: the config cannot be read.
+        MachineTypeError, SizingError: no machine is large enough, or the kind of model is not known.
+    """
+    workload = AnsweringOptions().workload() | workload
+    families = [family] if family or not on_gpu else list(machine_types.GPU_FAMILIES)
+    with tempfile.TemporaryDirectory() as folder:
+        config = storage.read_bytes(f"{companion_folder(state_dict_path)}/config.json")
+        (Path(folder) / "config.json").write_bytes(config)
+        for number, candidate in enumerate(families, 1):
+            try:
+                return size_model(folder, dtype=manifest.dtype, family=candidate, **workload)
+            except MachineTypeError:
+                if number == len(families):
+                    raise
+    raise AssertionError("unreachable: the last family returns or raises")
+
+
+def disk_gb(manifest: Manifest, machine_type: str) -> int:
+    """A worker's disk: the system, the state dict as stored, and two copies in the dtype to compute in.
+
+    Two, because a new state dict is taken up while the old one serves.
+    """
+    family = machine_type.split("-")[0]
+    widens = compute_dtype_on(family, manifest.dtype) == "float32" and manifest.dtype != "float32"
+    held = manifest.bytes * (1 + 2 * (2 if widens else 1))
+    steps = math.ceil((SYSTEM_DISK_BYTES + held) / 1e9 / WORKER_DISK_STEP_GB)
+    return max(MINIMUM_WORKER_DISK_GB, steps * WORKER_DISK_STEP_GB)
+
+
+def valid_job_name(text: str) -> str:
+    """A name that Dataflow accepts: up to 63 lower-case letters, digits and dashes, the first a letter."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    if not name[:1].isalpha():
+        name = f"job-{name}".strip("-")
+    return name[:63].rstrip("-")
+
+
+def new_job_name(model_name: str) -> str:
+    """A name for a job that nobody has named: the model's, and the time, which tells runs apart."""
+    return valid_job_name(f"ask-{Path(model_name).name}")[:47].rstrip("-") + time.strftime("-%Y%m%d-%H%M%S")
+
+
+def _set_accelerator(cloud: GoogleCloudOptions, machine_type: str, device: str | None) -> None:
+    # Only as a service option: Dataflow refuses a job that has both this and a resource hint for it.
+    service_options = cloud.dataflow_service_options or []
+    if device == "cpu" or any(option.startswith(f"{ACCELERATOR}=") for option in service_options):
+        return
+    machine: MachineType | None = machine_types.CATALOGUE.get(machine_type)
+    if machine is not None and machine.gpu:
+        # G2, A2 and A3 machines have their GPUs built in, but Dataflow wants them named all the same. The
+        # driver is installed when a worker starts: the images have none.
+        accelerator = f"type:{machine.gpu};count:{machine.gpu_count};install-nvidia-driver"
+        cloud.dataflow_service_options = [*service_options, f"{ACCELERATOR}={accelerator}"]
+    elif wants_gpu(device):
+        raise OptionError(
+            f"--device=cuda needs a GPU, but the machine type {machine_type} is not known to have one: leave "
+            "--machine_type out, name one of the g2, a2 or a3 families, or name the GPU to attach: "
+            f"--dataflow_service_options='{ACCELERATOR}=type:nvidia-tesla-t4;count:1;install-nvidia-driver'."
+        )
+
+
+def _set_processes(debug: DebugOptions) -> None:
+    # Otherwise Dataflow starts a process for each vCPU, each with a torch thread for each vCPU.
+    if not debug.lookup_experiment("use_multiple_sdk_containers"):
+        debug.add_experiment("no_use_multiple_sdk_containers")
+    debug.number_of_worker_harness_threads = debug.number_of_worker_harness_threads or HARNESS_THREADS
+
+
+def _set_delivery(cloud: GoogleCloudOptions, exactly_once: bool) -> None:
+    # Exactly-once is Dataflow's default. It stores every element between steps and shuffles to find
+    # duplicates, although the responses topic is at-least-once in any case: readers recognise duplicates by
+    # prompt_message_id.
+    service_options = cloud.dataflow_service_options or []
+    if not exactly_once and not any(option.startswith("streaming_mode_") for option in service_options):
+        cloud.dataflow_service_options = [*service_options, "streaming_mode_at_least_once"]
+    # All streaming jobs of Beam's Python SDK use it: workers' disks hold no state, and fewer workers suffice.
+    cloud.enable_streaming_engine = True
+
+
+def _set_scaling(worker: WorkerOptions) -> None:
+    # Each worker fetches and loads the model before it helps, so a stream begins with one.
+    if worker.num_workers is None:
+        worker.num_workers = 1
+    if worker.max_num_workers is None and worker.autoscaling_algorithm != "NONE":
+        worker.max_num_workers = max(MAX_WORKERS, worker.num_workers)
+
+
+def _set_labels(cloud: GoogleCloudOptions, model_name: str, max_run_minutes: float | None) -> None:
+    labels = {**SERIES, "step": "deploy", "model": label_value(Path(model_name).name)}
+    if max_run_minutes is not None:
+        labels[DRAIN_LABEL] = str(math.ceil(time.time() + max_run_minutes * 60))
+    # The user's labels come last, and so win.
+    cloud.labels = [f"{key}={value}" for key, value in labels.items()] + (cloud.labels or [])

@@ -1,1 +1,0 @@
-"""The Dataflow job around the pipeline: its options, its state, its end."""

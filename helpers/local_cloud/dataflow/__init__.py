@@ -1,0 +1,1 @@
+"""Dataflow: jobs, and the worker process that runs each of them."""

@@ -1,0 +1,139 @@
+"""Streaming for pipelines with state, timers or grouping: one run of Beam's bundle-based direct runner.
+
+Messages reach the pipeline through Beam's TestStream, whose events come from a service in this process. The
+runner asks for the next event only when it has nothing left to do, so a mark after each batch shows when the
+batch has gone through the pipeline; then its messages are acknowledged. State lives in this process: a worker
+that replaces another begins without it.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from typing import Any
+
+import apache_beam as beam
+import grpc
+from apache_beam.portability import python_urns
+from apache_beam.portability.api import (
+    beam_interactive_api_pb2_grpc,
+    beam_runner_api_pb2,
+)
+from apache_beam.runners.direct.direct_runner import BundleBasedDirectRunner
+from apache_beam.testing import test_stream  # noqa: F401 - makes the transform known to Beam
+from google.api_core import exceptions
+
+from . import graph
+from .messages import Batch, Intake
+from .service import Service
+
+MAX_MESSAGES = 100
+WATERMARK_LAG_SECONDS = 2.0  # behind the present when no messages are waiting
+BATCH_SECONDS = 600.0  # the longest that a batch may take
+_MARK, _MESSAGE = b"!", b"m"
+
+log = logging.getLogger(__name__)
+_batch_done = threading.Event()  # set by the pipeline, which runs in this process
+
+_Event = beam_runner_api_pb2.TestStreamPayload.Event
+
+
+class _Unwrap(beam.DoFn):
+    """Turns what the TestStream emits into messages."""
+
+    def process(self, element: bytes) -> Iterable[bytes]:
+        if element == _MARK:
+            _batch_done.set()
+        else:
+            yield element.removeprefix(_MESSAGE)
+
+
+class _Events(beam_interactive_api_pb2_grpc.TestStreamServiceServicer):
+    """The events of the pipeline's only run, made from the messages of an Intake."""
+
+    def __init__(self, intake: Intake, service: Service, reads: Iterable[str]):
+        self._intake = intake
+        self._service = service
+        self._reads = list(reads)
+        self._clock = 0  # the pipeline's processing time, in microseconds
+        self._watermarks: dict[str, int] = {}
+
+    def Events(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        size = 1
+        while not self._service.draining.is_set() and context.is_active():
+            try:
+                batch = self._intake.pull(size)
+            except exceptions.GoogleAPICallError as error:
+                self._service.error(error, "Pulling messages failed and will be tried again.")
+                self._service.draining.wait(1.0)
+                continue
+            size = min(MAX_MESSAGES, size * 2) if batch.elements else 1
+            yield self._advance_clock()
+            if batch.elements:
+                yield from self._through_the_pipeline(batch)
+            yield from self._advance_watermark(batch)
+        # The end of the stream closes every window, as a drain on Dataflow does.
+
+    def _through_the_pipeline(self, batch: Batch) -> Iterator[Any]:
+        tag = batch.source.transform_id
+        _batch_done.clear()
+        yield _elements(tag, [(_MESSAGE + e.value, e.timestamp) for e in batch.elements])
+        yield _elements(tag, [(_MARK, batch.elements[-1].timestamp)])
+        if not _batch_done.wait(BATCH_SECONDS):
+            raise TimeoutError(f"A batch of messages took longer than {BATCH_SECONDS:g} s.")
+        self._intake.acknowledge(batch)
+        self._service.progress()
+
+    def _advance_clock(self) -> Any:
+        now = time.time_ns() // 1000
+        event = _Event(processing_time_event=_Event.AdvanceProcessingTime(advance_duration=now - self._clock))
+        self._clock = now
+        return event
+
+    def _advance_watermark(self, batch: Batch) -> Iterator[Any]:
+        """Advances it to the batch's oldest message or, if the batch is empty, to just before now."""
+        tag = batch.source.transform_id
+        if batch.elements:
+            watermark = min(e.timestamp for e in batch.elements)
+        else:
+            watermark = self._clock - round(WATERMARK_LAG_SECONDS * 1_000_000)
+        if watermark > self._watermarks.get(tag, 0):
+            self._watermarks[tag] = watermark
+            yield _Event(watermark_event=_Event.AdvanceWatermark(new_watermark=watermark, tag=tag))
+
+
+def _elements(tag: str, elements: list[tuple[bytes, int]]) -> Any:
+    timestamped = [
+        beam_runner_api_pb2.TestStreamPayload.TimestampedElement(encoded_element=value, timestamp=timestamp)
+        for value, timestamp in elements
+    ]
+    return _Event(element_event=_Event.AddElements(elements=timestamped, tag=tag))
+
+
+def run(pipeline: Any, options: Any, intake: Intake, service: Service) -> None:
+    """Takes in messages until the job is drained and its windows are closed."""
+    reads = {source.transform_id: _Unwrap() for source in graph.sources(pipeline)}
+    events = grpc.server(futures.ThreadPoolExecutor(4))
+    beam_interactive_api_pb2_grpc.add_TestStreamServiceServicer_to_server(
+        _Events(intake, service, reads), events
+    )
+    port = events.add_insecure_port("127.0.0.1:0")
+    events.start()
+    graph.replace_sources_by_test_stream(pipeline, reads, f"127.0.0.1:{port}")
+    graph.set_environment(pipeline, python_urns.EMBEDDED_PYTHON)
+    runner = BundleBasedDirectRunner()
+    result = runner.run_pipeline(beam.Pipeline.from_runner_api(pipeline, runner, options), options)
+    service.message(
+        "WARNING",
+        "The pipeline has state, timers or grouping: it has no user metrics here, because the runner that it "
+        "needs stops counting after the first bundles.",
+    )
+    service.running(stateful=True, subscriptions=intake.own_subscriptions)
+    try:
+        result.wait_until_finish()
+    except Exception:
+        intake.give_back_all()
+        raise
+    finally:
+        events.stop(None)

@@ -1,0 +1,235 @@
+"""Makes a pipeline's graph run here: other Pub/Sub sources and sinks, and this process as its environment."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.portability import python_urns
+from apache_beam.portability.api import beam_runner_api_pb2, endpoints_pb2
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+READ = "beam:transform:pubsub_read:v1"
+WRITE = "beam:transform:pubsub_write:v1"
+IMPULSE = "beam:transform:impulse:v1"
+TEST_STREAM = "beam:transform:teststream:v1"
+PAR_DO = "beam:transform:pardo:v1"
+RESHUFFLE = "beam:transform:reshuffle:v1"
+COMPOSITE = "beam:transform:generic_composite:v1"
+GROUP_BY_KEY = "beam:transform:group_by_key:v1"
+
+# Names of what is added to a graph; Beam's own begin with "ref_" or "external_".
+_CODER = "local_bytes_coder"
+_SOURCE = "local_source"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Pub/Sub read of a pipeline. Either `topic` or `subscription` is empty."""
+
+    transform_id: str
+    topic: str
+    subscription: str
+    timestamp_attribute: str
+    id_attribute: str
+    with_attributes: bool
+
+
+def sources(pipeline: Any) -> list[Source]:
+    """The Pub/Sub reads of a pipeline."""
+    found = []
+    for id_, transform in sorted(pipeline.components.transforms.items()):
+        if transform.spec.urn == READ:
+            read = beam_runner_api_pb2.PubSubReadPayload.FromString(transform.spec.payload)
+            found.append(
+                Source(
+                    id_,
+                    read.topic,
+                    read.subscription,
+                    read.timestamp_attribute,
+                    read.id_attribute,
+                    read.with_attributes,
+                )
+            )
+    return found
+
+
+def sink_topics(pipeline: Any) -> set[str]:
+    """The topics that a pipeline publishes to through Dataflow's own sink."""
+    return {
+        beam_runner_api_pb2.PubSubWritePayload.FromString(t.spec.payload).topic
+        for t in pipeline.components.transforms.values()
+        if t.spec.urn == WRITE
+    }
+
+
+def set_environment(pipeline: Any, urn: str) -> None:
+    """Makes every transform run in an environment of kind `urn` instead of in a container."""
+    for environment in pipeline.components.environments.values():
+        environment.Clear()
+        environment.urn = urn
+
+
+def use_this_process(pipeline: Any) -> None:
+    """Makes every transform run in this process."""
+    set_environment(pipeline, python_urns.EMBEDDED_PYTHON)
+
+
+def make_bounded(pipeline: Any) -> None:
+    """Declares every collection bounded, as the batch runner requires."""
+    for collection in pipeline.components.pcollections.values():
+        collection.is_bounded = beam_runner_api_pb2.IsBounded.BOUNDED
+
+
+def is_stateless(pipeline: Any) -> bool:
+    """Whether running the pipeline anew for each batch of messages gives the same outcome.
+
+    That is so if it has no state, timers or grouping (a reshuffle groups, but to no effect), and if all that
+    does not come from the messages is bounded and serves only as a side input.
+    """
+    transforms = pipeline.components.transforms
+    leaves = {i: t for i, t in transforms.items() if not t.subtransforms and not _does_nothing(t)}
+    producers = {output: i for i, t in leaves.items() for output in t.outputs.values()}
+    in_reshuffle = _descendants(pipeline, (i for i, t in transforms.items() if t.spec.urn == RESHUFFLE))
+
+    fed = {i for i, t in leaves.items() if t.spec.urn == READ}
+    while (
+        more := {i for i, t in leaves.items() if any(producers.get(c) in fed for c in _main_inputs(t))} - fed
+    ):
+        fed |= more
+    for id_ in fed - in_reshuffle:
+        if leaves[id_].spec.urn == GROUP_BY_KEY or _has_state(leaves[id_]):
+            return False
+
+    for_side_inputs: set[str] = set()
+    pending = [producers[c] for t in leaves.values() for c in _side_inputs(t) if c in producers]
+    while pending:
+        id_ = pending.pop()
+        if id_ not in for_side_inputs:
+            for_side_inputs.add(id_)
+            pending += [producers[c] for c in leaves[id_].inputs.values() if c in producers]
+    once = leaves.keys() - fed
+    unbounded = beam_runner_api_pb2.IsBounded.UNBOUNDED
+    collections = pipeline.components.pcollections
+    return once <= for_side_inputs and not any(
+        collections[c].is_bounded == unbounded for i in once for c in leaves[i].outputs.values()
+    )
+
+
+def replace_sinks(pipeline: Any, publish: type[beam.DoFn]) -> None:
+    """Replaces Dataflow's Pub/Sub sinks by `publish(topic, id_attribute, timestamp_attribute)`."""
+    components = pipeline.components
+    for id_, transform in components.transforms.items():
+        if transform.spec.urn != WRITE:
+            continue
+        write = beam_runner_api_pb2.PubSubWritePayload.FromString(transform.spec.payload)
+        transform.spec.CopyFrom(_par_do(publish(write.topic, write.id_attribute, write.timestamp_attribute)))
+        transform.environment_id = next(iter(components.environments))
+        if not transform.outputs:  # a ParDo has a main output, though this one stays empty
+            (input_id,) = transform.inputs.values()
+            output = f"{id_}_output"
+            components.pcollections[output].CopyFrom(components.pcollections[input_id])
+            components.pcollections[output].unique_name = output
+            transform.outputs["None"] = output
+
+
+def replace_sources_by_impulse(pipeline: Any, read: dict[str, beam.DoFn]) -> None:
+    """Replaces Pub/Sub reads by DoFns called once with b""; `read` maps transform ids to DoFns."""
+    (collection,) = _replace_sources(pipeline, read, beam_runner_api_pb2.FunctionSpec(urn=IMPULSE), ["None"])
+    for id_ in read:
+        _consume(pipeline, id_, collection)
+
+
+def replace_sources_by_test_stream(pipeline: Any, read: dict[str, beam.DoFn], endpoint: str) -> None:
+    """Replaces Pub/Sub reads by DoFns on the events of a TestStreamService, whose tags are the reads' ids."""
+    payload = beam_runner_api_pb2.TestStreamPayload(
+        coder_id=_CODER, endpoint=endpoints_pb2.ApiServiceDescriptor(url=endpoint)
+    )
+    spec = beam_runner_api_pb2.FunctionSpec(urn=TEST_STREAM, payload=payload.SerializeToString())
+    collections = _replace_sources(pipeline, read, spec, list(read))
+    for id_, collection in zip(read, collections, strict=True):
+        _consume(pipeline, id_, collection)
+
+
+def _replace_sources(pipeline: Any, read: dict[str, beam.DoFn], spec: Any, tags: list[str]) -> list[str]:
+    """Adds a root transform of that spec, makes the reads ParDos, and returns the root's outputs."""
+    components = pipeline.components
+    components.coders[_CODER].spec.urn = "beam:coder:bytes:v1"
+    source = components.transforms[_SOURCE]
+    source.unique_name = "LocalPubSub"
+    source.spec.CopyFrom(spec)
+    (like, *_) = (components.transforms[id_].outputs for id_ in read)
+    like = components.pcollections[next(iter(like.values()))]
+    collections = []
+    for number, tag in enumerate(tags):
+        collections.append(f"{_SOURCE}_output_{number}")
+        source.outputs[tag] = collections[-1]
+        collection = components.pcollections[collections[-1]]
+        collection.CopyFrom(like)  # the global window, as every source has it
+        collection.unique_name = collections[-1]
+        collection.coder_id = _CODER
+    roots = list(pipeline.root_transform_ids)
+    if len(roots) == 1 and components.transforms[roots[0]].subtransforms:
+        subtransforms = components.transforms[roots[0]].subtransforms
+        subtransforms.insert(0, _SOURCE)
+    else:
+        pipeline.root_transform_ids.insert(0, _SOURCE)
+    for id_, function in read.items():
+        transform = components.transforms[id_]
+        transform.spec.CopyFrom(_par_do(function))
+        transform.environment_id = next(iter(components.environments))
+    return collections
+
+
+def _consume(pipeline: Any, id_: str, collection: str) -> None:
+    """Makes a collection the input of a transform and of the composites around it."""
+    transforms = pipeline.components.transforms
+    transforms[id_].inputs["0"] = collection
+    parents = {child: parent for parent, t in transforms.items() for child in t.subtransforms}
+    parent = parents.get(id_)
+    while parent in parents or (parent and parent not in pipeline.root_transform_ids):
+        transforms[parent].inputs[f"messages_of_{id_}"] = collection
+        # Otherwise a runner that knows ReadFromPubSub would replace the composite with its own read.
+        transforms[parent].spec.CopyFrom(beam_runner_api_pb2.FunctionSpec(urn=COMPOSITE))
+        parent = parents.get(parent)
+
+
+def _par_do(function: beam.DoFn) -> Any:
+    pipeline = beam.Pipeline(runner=FnApiRunner())
+    _ = pipeline | beam.Impulse() | "function" >> beam.ParDo(function).with_output_types(bytes)
+    proto = pipeline.to_runner_api()
+    return next(t.spec for t in proto.components.transforms.values() if t.unique_name == "function")
+
+
+def _descendants(pipeline: Any, ids: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    pending = list(ids)
+    while pending:
+        id_ = pending.pop()
+        found.add(id_)
+        pending += pipeline.components.transforms[id_].subtransforms
+    return found
+
+
+def _does_nothing(transform: Any) -> bool:
+    """Whether a transform is a composite that passes its input on, such as Create's MaybeReshuffle."""
+    return bool(transform.outputs) and set(transform.outputs.values()) <= set(transform.inputs.values())
+
+
+def _has_state(transform: Any) -> bool:
+    if transform.spec.urn != PAR_DO:
+        return False
+    payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
+    return bool(payload.state_specs or payload.timer_family_specs)
+
+
+def _side_inputs(transform: Any) -> list[str]:
+    if transform.spec.urn != PAR_DO:
+        return []
+    payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
+    return [transform.inputs[name] for name in payload.side_inputs]
+
+
+def _main_inputs(transform: Any) -> list[str]:
+    side = set(_side_inputs(transform))
+    return [c for c in transform.inputs.values() if c not in side]

@@ -1,0 +1,92 @@
+"""A job in its worker: set up from what was staged, and run by the engine that suits it."""
+
+import json
+import logging
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.internal import pickler
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, StandardOptions
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from google.cloud import pubsub_v1
+
+from . import continuous, graph, micro_batches, staged_files
+from .messages import Intake, Publish
+from .service import BROKEN, FINISHED, JOB_FAILED, Service, user_metrics
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """A job that is ready to run.
+
+    Raises:
+      Exception: of any kind, if the job cannot run, as when a package, topic or subscription is missing.
+    """
+
+    def __init__(self, folder: Path, service: Service):
+        settings = json.loads((folder / "settings.json").read_text())
+        self._service = service
+        self._options = PipelineOptions.from_dictionary(settings["options"])
+        self._streaming = self._options.view_as(StandardOptions).streaming
+        library = self._options.view_as(SetupOptions).pickle_library
+        pickler.set_library("cloudpickle" if library == "default" else library)
+        with FileSystems.open(settings["pipeline_url"]) as file:
+            self._pipeline = beam_runner_api_pb2.Pipeline.FromString(file.read())
+        staged = folder / "staged"
+        if not staged.exists():
+            staged_files.fetch(self._pipeline, staged)
+            staged_files.install(staged, service)
+        staged_files.load_main_session(staged)
+        if settings["replaces"] and not graph.is_stateless(self._pipeline):
+            raise ValueError(
+                "The pipeline has state, timers or grouping. The local cloud cannot carry state over in an "
+                "update: drain the job and submit the new one."
+            )
+        # Dataflow would notice at the first element; here a package that was not staged is noticed at once.
+        beam.Pipeline.from_runner_api(self._pipeline, FnApiRunner(), self._options)
+        self._intake = self._take_in(settings["name"]) if self._streaming else None
+
+    def run(self) -> int:
+        """Runs the job to its end and returns the worker's exit status."""
+        if not self._streaming:
+            return self._run_batch()
+        engine = micro_batches if graph.is_stateless(self._pipeline) else continuous
+        log.info("The streaming engine is %s.", engine.__name__)
+        graph.replace_sinks(self._pipeline, Publish)
+        self._service.before_exit(self._intake.close)
+        self._service.before_exit(self._intake.give_back_all)
+        try:
+            engine.run(self._pipeline, self._options, self._intake, self._service)
+        except BaseException as error:
+            self._service.error(error, "The pipeline failed.")
+            return BROKEN
+        if not self._service.handing_over:
+            self._intake.close()
+        return FINISHED
+
+    def _run_batch(self) -> int:
+        graph.use_this_process(self._pipeline)
+        self._service.running()
+        try:
+            result = FnApiRunner().run_via_runner_api(self._pipeline, self._options)
+            result.wait_until_finish()
+        except BaseException as error:
+            self._service.error(error, "The pipeline failed.")
+            return JOB_FAILED
+        self._service.metrics(user_metrics(result))
+        return FINISHED
+
+    def _take_in(self, name: str) -> Intake:
+        sources = graph.sources(self._pipeline)
+        if not sources:
+            raise ValueError("A streaming job on the local cloud must read from Pub/Sub.")
+        if any(source.id_attribute for source in sources):
+            self._service.message("WARNING", "id_label is ignored here: duplicates are not removed.")
+        publisher = pubsub_v1.PublisherClient()
+        for topic in graph.sink_topics(self._pipeline):
+            publisher.get_topic(topic=topic)
+        publisher.stop()
+        return Intake(sources, name)

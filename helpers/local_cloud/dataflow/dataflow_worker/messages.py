@@ -1,0 +1,194 @@
+"""Messages from Pub/Sub into the pipeline and out of it."""
+
+import contextlib
+import itertools
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import apache_beam as beam
+from google.api_core import exceptions
+from google.cloud import pubsub_v1
+from google.pubsub_v1 import types
+
+from .graph import Source
+
+LEASE_SECONDS = 15  # how long the messages of a killed worker stay away
+EXTEND_EVERY_SECONDS = 3.0
+PUBLISH_SECONDS = 60.0
+
+PubsubMessage = types.PubsubMessage.pb()
+
+
+@dataclass(frozen=True)
+class Element:
+    """A message as the pipeline's read emits it: its bytes, and its timestamp in microseconds."""
+
+    value: bytes
+    timestamp: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Messages of one read, with what is needed to acknowledge them."""
+
+    source: Source
+    elements: list[Element]
+    ack_ids: list[str]
+
+
+class Intake:
+    """Pulls messages for a pipeline's reads, and keeps their leases until they are done or given back.
+
+    A read of a topic gets a subscription of its own, which `close` deletes.
+
+    Args:
+      sources: the pipeline's reads.
+      name: names the subscriptions of topics; the same in every worker of a job, so that a worker carries on
+        where the one before it stopped.
+
+    Raises:
+      google.api_core.exceptions.NotFound: a topic or subscription does not exist.
+    """
+
+    def __init__(self, sources: list[Source], name: str):
+        self._client = pubsub_v1.SubscriberClient()
+        self._lock = threading.Lock()
+        self._leased: dict[str, set[str]] = {}  # from subscription to acknowledgement ids
+        self._subscriptions: dict[Source, str] = {}
+        self.own_subscriptions: list[str] = []
+        self._turns = itertools.cycle(sources)
+        with contextlib.ExitStack() as undo:
+            self._subscribe(sources, name, undo)
+            undo.pop_all()
+        threading.Thread(target=self._keep_leases, daemon=True).start()
+
+    def _subscribe(self, sources: list[Source], name: str, undo: contextlib.ExitStack) -> None:
+        for number, source in enumerate(sources):
+            if source.subscription:
+                self._client.get_subscription(subscription=source.subscription)
+                self._subscriptions[source] = source.subscription
+            else:
+                project = source.topic.split("/")[1]
+                path = self._client.subscription_path(project, f"{name}-{number}")
+                self.own_subscriptions.append(path)
+                self._subscriptions[source] = path
+                with contextlib.suppress(exceptions.AlreadyExists):
+                    self._client.create_subscription(name=path, topic=source.topic)
+                    undo.callback(self._client.delete_subscription, subscription=path)
+
+    def pull(self, max_messages: int) -> Batch:
+        """The next messages of one of the reads, which take turns; none if there are none for a while."""
+        source = next(self._turns)
+        subscription = self._subscriptions[source]
+        received = self._client.pull(
+            subscription=subscription, max_messages=max_messages, timeout=30
+        ).received_messages
+        batch = Batch(source, [_element(r.message, source) for r in received], [r.ack_id for r in received])
+        with self._lock:
+            self._leased.setdefault(subscription, set()).update(batch.ack_ids)
+        return batch
+
+    def acknowledge(self, batch: Batch) -> None:
+        """Says that a batch's messages are done."""
+        if batch.ack_ids:
+            self._client.acknowledge(
+                subscription=self._subscriptions[batch.source], ack_ids=batch.ack_ids, timeout=30
+            )
+        self._release(batch.source, batch.ack_ids)
+
+    def give_back(self, batch: Batch, seconds: int = 0) -> None:
+        """Has a batch's messages redelivered after some seconds."""
+        self._release(batch.source, batch.ack_ids)
+        self._modify_deadline(self._subscriptions[batch.source], batch.ack_ids, seconds)
+
+    def give_back_all(self) -> None:
+        """Gives back every message that is not acknowledged yet."""
+        with self._lock:
+            leased, self._leased = self._leased, {}
+        for subscription, ack_ids in leased.items():
+            self._modify_deadline(subscription, list(ack_ids), 0)
+
+    def close(self) -> None:
+        """Deletes the subscriptions that were made for topics."""
+        for subscription in self.own_subscriptions:
+            with contextlib.suppress(exceptions.NotFound):
+                self._client.delete_subscription(subscription=subscription, timeout=10)
+
+    def _release(self, source: Source, ack_ids: Iterable[str]) -> None:
+        with self._lock:
+            self._leased.get(self._subscriptions[source], set()).difference_update(ack_ids)
+
+    def _modify_deadline(self, subscription: str, ack_ids: list[str], seconds: int) -> None:
+        if ack_ids:
+            self._client.modify_ack_deadline(
+                subscription=subscription, ack_ids=ack_ids, ack_deadline_seconds=seconds, timeout=10
+            )
+
+    def _keep_leases(self) -> None:
+        while True:
+            time.sleep(EXTEND_EVERY_SECONDS)
+            with self._lock:
+                leased = {subscription: list(ack_ids) for subscription, ack_ids in self._leased.items()}
+            for subscription, ack_ids in leased.items():
+                try:
+                    self._modify_deadline(subscription, ack_ids, LEASE_SECONDS)
+                except exceptions.GoogleAPICallError as error:
+                    print(f"Leases in {subscription} could not be extended: {error}", flush=True)
+
+
+def _element(message: Any, source: Source) -> Element:
+    pb = type(message).pb(message)
+    timestamp = pb.publish_time.ToMicroseconds()
+    if source.timestamp_attribute:
+        timestamp = _parse_timestamp(pb.attributes[source.timestamp_attribute])
+    return Element(pb.SerializeToString() if source.with_attributes else pb.data, timestamp)
+
+
+def _parse_timestamp(text: str) -> int:
+    """Microseconds since the epoch, from milliseconds since then or RFC 3339."""
+    if text.lstrip("-").isdigit():
+        return int(text) * 1000
+    return round(datetime.fromisoformat(text).timestamp() * 1_000_000)
+
+
+class Publish(beam.DoFn):
+    """Publishes serialized PubsubMessages at the end of their bundle: a failed one publishes nothing."""
+
+    _client: pubsub_v1.PublisherClient | None = None  # one for the whole process
+    _client_lock = threading.Lock()
+
+    def __init__(self, topic: str, id_attribute: str, timestamp_attribute: str):
+        self._topic = topic
+        self._id_attribute = id_attribute
+        self._timestamp_attribute = timestamp_attribute
+        self._bundle: list[tuple[bytes, dict[str, str]]] = []
+
+    def setup(self) -> None:
+        with Publish._client_lock:
+            if Publish._client is None:
+                Publish._client = pubsub_v1.PublisherClient()
+
+    def start_bundle(self) -> None:
+        self._bundle = []
+
+    def process(self, element: bytes, timestamp: Any = beam.DoFn.TimestampParam) -> Iterable[bytes]:
+        message = PubsubMessage.FromString(element)
+        attributes = dict(message.attributes)
+        if self._id_attribute:
+            attributes[self._id_attribute] = uuid.uuid4().hex
+        if self._timestamp_attribute:
+            attributes[self._timestamp_attribute] = str(timestamp.micros // 1000)
+        self._bundle.append((message.data, attributes))
+        return ()
+
+    def finish_bundle(self) -> None:
+        publish = Publish._client.publish
+        futures = [publish(self._topic, data, **attributes) for data, attributes in self._bundle]
+        for future in futures:
+            future.result(PUBLISH_SECONDS)
+        self._bundle = []

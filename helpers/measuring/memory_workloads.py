@@ -1,0 +1,116 @@
+"""What `measure_memory` measures: converting and serving, each method in a process of its own.
+
+Run as `python -m helpers.measuring.memory_workloads WORKLOAD SETTINGS`. Its last line of output is JSON:
+`library_bytes`, the file-backed memory once everything is imported and before a model is loaded, and
+`seconds`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def convert_project(settings: dict[str, Any]) -> Callable[[], None]:
+    """Converts tensor by tensor, as `python -m helpers.load_state_dict local` does."""
+    from helpers.load_state_dict.conversion import convert
+
+    _import_transformers()  # before the work starts, so that its pages count as library pages
+
+    return lambda: convert(
+        settings["checkpoint"], settings["state_dict"], dtype=settings["dtype"], progress=False
+    )
+
+
+def convert_sample(settings: dict[str, Any]) -> Callable[[], None]:
+    """Converts as the published sample's text says: load in float32, make it half, save the state dict."""
+    from helpers.measuring.published_sample import convert
+
+    _import_transformers()
+    return lambda: convert(settings["checkpoint"], settings["state_dict"])
+
+
+def serve_project(settings: dict[str, Any]) -> Callable[[], None]:
+    """Loads a mapped state dict as the handler of this package does, and answers a batch."""
+    _import_worker()
+    import torch
+
+    from helpers.model_handler.model_loading import load_model
+
+    def work() -> None:
+        path = Path(settings["state_dict"])
+        model, _ = load_model(path, path.with_suffix(""), dtype=getattr(torch, settings["dtype"]))
+        _answer(model.eval(), settings)
+
+    return work
+
+
+def serve_sample(settings: dict[str, Any]) -> Callable[[], None]:
+    """Loads with Beam's own handler, as the published sample does, and answers a batch."""
+    _import_worker()
+    from helpers.measuring.published_sample import handler
+
+    stock = handler(settings["state_dict"], settings["checkpoint"])
+    return lambda: _answer(stock.load_model(), settings)
+
+
+WORKLOADS = {
+    "convert_project": convert_project,
+    "convert_sample": convert_sample,
+    "serve_project": serve_project,
+    "serve_sample": serve_sample,
+}
+
+
+def _import_worker() -> None:
+    """Imports what a Beam worker has imported by the time it loads a model."""
+    for name in (
+        "apache_beam.io.gcp.pubsub",
+        "apache_beam.ml.inference.pytorch_inference",
+        "apache_beam.runners.worker.sdk_worker_main",
+        "helpers.model_handler.model_loading",
+    ):
+        importlib.import_module(name)
+    _import_transformers()
+
+
+def _import_transformers() -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer  # noqa: F401
+
+
+def _answer(model: Any, settings: dict[str, Any]) -> None:
+    import torch
+
+    shape = settings["batch_size"], settings["prompt_tokens"]
+    # Tokens from all over the vocabulary: a long stream of prompts eventually touches the whole embedding.
+    tokens = torch.linspace(3, model.config.vocab_size - 1, shape[0] * shape[1]).long().reshape(shape)
+    length = settings["response_tokens"]
+    with torch.inference_mode():
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            min_new_tokens=length,
+            max_new_tokens=length,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+
+def main() -> None:
+    from helpers.measuring.process_memory import memory_of
+
+    name, settings = sys.argv[1], json.loads(sys.argv[2])
+    work = WORKLOADS[name](settings)
+    library_bytes = memory_of().file_backed
+    started = time.monotonic()
+    work()
+    print(json.dumps({"library_bytes": library_bytes, "seconds": time.monotonic() - started}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""What a model takes of memory: computed from its config, and measured."""

@@ -1,0 +1,76 @@
+"""What comes of prompts: responses, failures, and the batches that they were answered in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Response:
+    """A model's answer to one prompt, with the tokens of both."""
+
+    text: str
+    prompt_tokens: int
+    response_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The figures of one batch.
+
+    Attributes:
+        size: the number of prompts.
+        prompt_tokens: the prompts' tokens, without padding.
+        padding_tokens: the tokens that pad the prompts to the length of the longest.
+        response_tokens: the tokens generated, without padding after a response's end.
+        seconds: how long it took.
+    """
+
+    size: int
+    prompt_tokens: int
+    padding_tokens: int
+    response_tokens: int
+    seconds: float
+
+    @classmethod
+    def of(cls, prompts: Sequence[list[int]], responses: Sequence[Response], seconds: float) -> Batch:
+        """Sums up a batch of encoded prompts and their responses."""
+        tokens = sum(map(len, prompts))
+        padding = len(prompts) * max(map(len, prompts)) - tokens
+        return cls(len(prompts), tokens, padding, sum(r.response_tokens for r in responses), seconds)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a prompt has no response."""
+
+    error: str
+
+
+def batches_by_length(
+    lengths: dict[int, int], max_batch_size: int, max_batch_tokens: int, response_tokens: int = 0
+) -> Iterator[list[int]]:
+    """Puts prompts of similar length into batches, longest first.
+
+    Args:
+        lengths: tokens of each prompt, by its index.
+        max_batch_size: prompts in a batch.
+        max_batch_tokens: the limit for a batch's size times the tokens of its longest prompt and response.
+        response_tokens: what a response may add to each prompt.
+
+    Yields:
+        Indices; a prompt that is over the budget by itself stands alone.
+    """
+    batch: list[int] = []
+    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        longest = lengths[batch[0]] if batch else 0
+        full = (
+            len(batch) >= max_batch_size or (len(batch) + 1) * (longest + response_tokens) > max_batch_tokens
+        )
+        if batch and full:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,120 @@
+"""The RunInference model handler: prompts in, a language model's responses out.
+
+It replaces Beam's own PyTorch handler, which holds 4 bytes a parameter in every process, cannot batch prompts
+of different lengths, fails a whole batch for one bad prompt, and, under transformers 5, answers with a
+flan-t5 whose output layer has been overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from apache_beam.metrics import Metrics
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+
+from helpers.load_state_dict import companion_folder
+from helpers.model_handler.answers import Batch, Failure, Response
+from helpers.model_handler.language_model import LanguageModel
+from helpers.model_handler.options import answering_options, takes_options
+from helpers.model_handler.served_model import ModelSource, count_loads, forget, serve
+
+NAMESPACE = "LanguageModel"
+
+
+@takes_options
+class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
+    """Answers prompts (`str`) with `PredictionResult`s whose `inference` is the response's text.
+
+    A prompt that cannot be answered gets a `Failure` as its `inference`, and costs no other prompt its
+    answer.
+
+        prompts | RunInference(LanguageModelHandler("gs://BUCKET/flan-t5-xl.pt", max_response_tokens=64))
+
+    Args:
+        state_dict_path: `.../NAME.pt` as `helpers.load_state_dict` writes it, local or `gs://`.
+        model_name: the model that the state dict must have been made from; None takes any.
+        {options}
+
+    Raises:
+        TypeError: there is no such option.
+        ValueError: an option is out of its range, or the path is not that of a state dict.
+    """
+
+    def __init__(self, state_dict_path: str, model_name: str | None = None, **options: Any) -> None:
+        super().__init__()
+        companion_folder(state_dict_path)  # refuses what cannot be one, such as the model's name
+        self._options = chosen = answering_options(options)
+        self._source = ModelSource(
+            str(state_dict_path), model_name, chosen.device, chosen.dtype, chosen.cache_dir
+        )
+        self._replaced: ModelSource | None = None
+
+    def load_model(self) -> LanguageModel:
+        """The model, loaded once in this process however often Beam asks for it.
+
+        Raises:
+            FileNotFoundError, PermissionError: the state dict cannot be read.
+            LoadError, ModelError: it is damaged, or its model is of no use here.
+            WrongModelError: it was made from another model.
+        """
+        if self._options.torch_threads:
+            torch.set_num_threads(self._options.torch_threads)
+        language_model = serve(self._source, self._options.reload_seconds)
+        language_model.check(self._options)
+        if self._replaced:
+            forget(self._replaced)
+            self._replaced = None
+        return language_model
+
+    def run_inference(
+        self, batch: Sequence[str], model: LanguageModel, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[PredictionResult]:
+        """Answers prompts; the results are in the same order.
+
+        Raises:
+            ValueError: `inference_args` are given; the handler's own options say how to answer.
+        """
+        if inference_args:
+            raise ValueError("LanguageModelHandler takes no inference_args: give its options instead.")
+        answers = model.ask(batch, self._options, on_batch=_count_batch)
+        Metrics.counter(NAMESPACE, "models_loaded").inc(count_loads())
+        failures = sum(isinstance(answer, Failure) for answer in answers)
+        Metrics.counter(NAMESPACE, "failed_prompts").inc(failures)
+        for prompt, answer in zip(batch, answers, strict=True):
+            inference = answer.text if isinstance(answer, Response) else answer
+            yield PredictionResult(prompt, inference, model_id=self._source.state_dict_path)
+
+    def update_model_path(self, model_path: str | None = None) -> None:
+        """Serves another state dict from the next `load_model` on, as Beam's model updates require."""
+        if model_path and model_path != self._source.state_dict_path:
+            self._replaced = self._source
+            self._source = replace(self._source, state_dict_path=str(model_path))
+
+    def batch_elements_kwargs(self) -> dict[str, Any]:
+        """How Beam forms batches: as large as possible, since the model sorts and splits them by length.
+
+        With the same least and greatest size, Beam does not search for the best one: a search that starts at
+        1 and takes many bundles to find out that larger is faster.
+        """
+        size = 4 * self._options.max_batch_size
+        kwargs: dict[str, Any] = {"min_batch_size": size, "max_batch_size": size}
+        if self._options.max_batch_seconds is not None:
+            kwargs["max_batch_duration_secs"] = self._options.max_batch_seconds
+        return kwargs
+
+    def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
+        """Accepts none: see `run_inference`."""
+
+    def get_metrics_namespace(self) -> str:
+        """The namespace of RunInference's metrics, and of this handler's: see `NAMESPACE`."""
+        return NAMESPACE
+
+
+def _count_batch(batch: Batch) -> None:
+    for name in ("prompt_tokens", "padding_tokens", "response_tokens"):
+        Metrics.counter(NAMESPACE, name).inc(getattr(batch, name))
+    Metrics.distribution(NAMESPACE, "batch_size").update(batch.size)
+    Metrics.distribution(NAMESPACE, "batch_milliseconds").update(round(batch.seconds * 1000))

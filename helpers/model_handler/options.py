@@ -1,0 +1,299 @@
+"""How prompts are answered: each option once, with its type, default, range and explanation.
+
+From `AnsweringOptions` come the keyword arguments of `LanguageModelHandler`, `AskModel` and
+`helpers.dataflow.submit`, the arguments of the command lines, and the workload that machines are sized for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import inspect
+import math
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+from helpers.models.dtypes import DTYPES
+from helpers.sizing.sizes import PROMPT_TOKENS, RESPONSE_TOKENS
+
+Decorated = TypeVar("Decorated", bound=Callable)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that an option takes.
+
+    Attributes:
+        at_least, at_most: bounds that are values themselves; None for no bound.
+        above: a bound that is not.
+    """
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+        )
+
+    def __str__(self) -> str:
+        bounds = []
+        if self.at_least is not None:
+            bounds.append(f"{self.at_least:g} or more")
+        if self.above is not None:
+            bounds.append(f"above {self.above:g}")
+        if self.at_most is not None:
+            bounds.append(f"at most {self.at_most:g}")
+        return " and ".join(bounds)
+
+
+COUNT = Range(at_least=1)
+SECONDS = Range(above=0)
+
+
+def option(
+    default: Any,
+    explanation: str,
+    *,
+    metavar: str | None = None,
+    within: Range | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of `AnsweringOptions`.
+
+    Args:
+        default: its value unless another is given; None leaves the choice to the model or the machine.
+        explanation: what it does, in a sentence or two: for docstrings and command lines.
+        metavar: stands for its value in the command line's help.
+        within: the numbers that it takes.
+        choices: the texts that it takes.
+    """
+    return field(
+        default=default,
+        metadata={"explanation": explanation, "metavar": metavar, "within": within, "choices": choices},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringOptions:
+    """How prompts are answered. The defaults are greedy: the same batch gives the same responses.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    max_response_tokens: int = option(
+        RESPONSE_TOKENS,
+        "The most tokens in a response; the model may end it sooner.",
+        metavar="N",
+        within=COUNT,
+    )
+    max_prompt_tokens: int | None = option(
+        None,
+        "Longer prompts fail, or are cut if truncate is set. By default the model's own limit.",
+        metavar="N",
+        within=COUNT,
+    )
+    truncate: bool = option(False, "Cut prompts that are too long, rather than fail them.")
+    temperature: float = option(
+        0.0,
+        "Above 0 the responses are sampled; 0 is greedy, and repeatable.",
+        metavar="T",
+        within=Range(at_least=0),
+    )
+    top_p: float = option(
+        1.0,
+        "When sampling, choose from the most probable tokens that together have this probability.",
+        metavar="P",
+        within=Range(above=0, at_most=1),
+    )
+    seed: int | None = option(
+        None,
+        "Makes the sampling of the same batch repeatable; in a stream, batches differ.",
+        metavar="N",
+        within=Range(at_least=0, at_most=2**64 - 1),
+    )
+    device: str | None = option(None, "Where to compute: cpu or cuda. By default a GPU if there is one.")
+    dtype: str | None = option(
+        None, "What to compute in. By default what the device is fast in.", choices=("auto", *DTYPES)
+    )
+    max_batch_size: int = option(32, "How many prompts the model answers at once.", metavar="N", within=COUNT)
+    max_batch_tokens: int = option(
+        32_768,
+        "The most tokens in a batch, padding and responses included; bounds its memory.",
+        metavar="N",
+        within=COUNT,
+    )
+    max_batch_seconds: float | None = option(
+        None,
+        "How long a prompt may wait for others to share its batch. By default only prompts that arrive in "
+        "the same bundle share one, which is enough on a busy stream and keeps the pipeline free of state.",
+        metavar="S",
+        within=SECONDS,
+    )
+    torch_threads: int | None = option(
+        None, "The threads of torch in this process. By default one for each core.", metavar="N", within=COUNT
+    )
+    reload_seconds: float | None = option(
+        None,
+        "How often to look for a new state dict, of the same model, at the same path; the old one answers "
+        "until the new one is ready. By default only when Beam sets up a DoFn.",
+        metavar="S",
+        within=SECONDS,
+    )
+    cache_dir: str | None = option(
+        None, "The folder that state dicts are copied to on a worker.", metavar="FOLDER"
+    )
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            _check(one, getattr(self, one.name))
+        if self.max_response_tokens >= self.max_batch_tokens:
+            raise ValueError(
+                f"max_response_tokens is {self.max_response_tokens}, and a batch may have "
+                f"{self.max_batch_tokens} tokens, prompts included: ask for shorter responses, or raise "
+                "max_batch_tokens."
+            )
+
+    def workload(self) -> dict[str, int]:
+        """The largest batch that a machine needs memory for, as `helpers.sizing.size_model` takes it."""
+        largest = self.max_batch_tokens // (PROMPT_TOKENS + self.max_response_tokens)
+        return {
+            "batch_size": max(1, min(self.max_batch_size, largest)),
+            "prompt_tokens": PROMPT_TOKENS,
+            "response_tokens": self.max_response_tokens,
+        }
+
+
+NAMES = tuple(one.name for one in fields(AnsweringOptions))
+"""The names of all answering options."""
+
+_BY_NAME = {one.name: one for one in fields(AnsweringOptions)}
+
+
+def answering_options(values: Mapping[str, Any]) -> AnsweringOptions:
+    """The options of these names and values.
+
+    Raises:
+        TypeError: there is no such option; the message names the one that may be meant.
+        ValueError: as `AnsweringOptions`.
+    """
+    for name in values:
+        if name not in _BY_NAME:
+            close = difflib.get_close_matches(name, NAMES, 1)
+            raise TypeError(
+                f"there is no option {name}={values[name]!r}: "
+                + (f"do you mean {close[0]}?" if close else f"there are {', '.join(NAMES)}.")
+            )
+    return AnsweringOptions(**values)
+
+
+def add_arguments(parser: argparse._ActionsContainer, names: Iterable[str] = NAMES) -> None:
+    """Adds answering options to a command line: `max_batch_size` as `--max-batch-size`.
+
+    The defaults are not added: what is not on the command line is not in what argparse returns, if the parser
+    has `argument_default=argparse.SUPPRESS`.
+    """
+    for name in names:
+        one = _BY_NAME[name]
+        # argparse formats help with %, which no explanation may hold.
+        settings: dict[str, Any] = {"help": _command_line_help(one).replace("%", "%%")}
+        if one.type == "bool":
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": functools.partial(_parse, one), "metavar": one.metadata["metavar"]}
+            if one.metadata["choices"]:
+                settings["metavar"] = "{" + ",".join(one.metadata["choices"]) + "}"
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+
+
+def takes_options(decorated: Decorated) -> Decorated:
+    """Gives a function or class that takes `**options` the answering options' signature and documentation.
+
+    Its docstring has a line `{options}` where their explanations belong.
+    """
+    function = decorated.__init__ if inspect.isclass(decorated) else decorated
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
+        for one in fields(AnsweringOptions)
+        if one.name not in signature.parameters
+    ]
+    if inspect.isclass(decorated):
+        own = own[1:]  # self
+        decorated.__signature__ = inspect.Signature(own + options)
+    else:
+        decorated.__signature__ = signature.replace(parameters=own + options)
+    decorated.__doc__ = _with_explanations(decorated.__doc__ or "")
+    return decorated
+
+
+def _with_explanations(text: str) -> str:
+    lines = []
+    for line in text.splitlines():
+        if line.strip() != "{options}":
+            lines.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        for one in fields(AnsweringOptions):
+            lines += textwrap.wrap(
+                f"{one.name}: {_explained(one)}",
+                width=110,
+                initial_indent=indent,
+                subsequent_indent=f"{indent}    ",
+            )
+    return "\n".join(lines)
+
+
+def _explained(one: Field) -> str:
+    default = "" if one.default is None else f" Default: {one.default}."
+    return f"{one.metadata['explanation']}{default}"
+
+
+def _command_line_help(one: Field) -> str:
+    return _explained(one) if one.type != "bool" else one.metadata["explanation"]
+
+
+def _parse(one: Field, text: str) -> Any:
+    """The value of an option on the command line."""
+    kind = {"int": int, "float": float, "str": str}[one.type.split(" ")[0]]
+    try:
+        value = kind(text)
+    except ValueError:
+        wanted = {"int": "a whole number", "float": "a number"}[kind.__name__]
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+    try:
+        _check(one, value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+def _check(one: Field, value: Any) -> None:
+    """Raises a ValueError for a value that an option does not take."""
+    if value is None and one.default is None:
+        return
+    kind = one.type.split(" ")[0]
+    is_right = {
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, int | float) and not isinstance(value, bool),
+        "str": isinstance(value, str | os.PathLike),
+    }[kind]
+    within, choices = one.metadata["within"], one.metadata["choices"]
+    if not is_right:
+        wanted = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text"}[kind]
+        raise ValueError(f"{one.name} is {value!r}: it must be {wanted}.")
+    if within is not None and value not in within:
+        raise ValueError(f"{one.name} is {value!r}: it must be {within}.")
+    if choices and value not in choices:
+        raise ValueError(f"{one.name} is {value!r}: it must be one of {', '.join(choices)}.")

@@ -1,0 +1,146 @@
+"""The models that this process serves: each loaded once, and replaced while it serves if asked to.
+
+Beam itself holds only a weak reference to a model: some runners load it again for every bundle, and Dataflow
+after a while without messages. What is loaded here stays loaded.
+
+New weights arrive in one way: somebody looks at the path's manifest (`_Served.look`), either a caller of
+`serve` or, with `reload_seconds`, a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+from helpers.load_state_dict.manifest import read_manifest
+from helpers.model_handler.language_model import LanguageModel, OtherModelError
+from helpers.model_handler.local_state_dict import drop_older_copies, fetch
+from helpers.model_handler.model_loading import choose_device, choose_dtype, load_model
+from helpers.models.dtypes import dtype_name
+
+log = logging.getLogger(__name__)
+
+_served: dict[ModelSource, _Served] = {}
+_lock = threading.Lock()
+_loads = 0
+_count_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, and where and how it computes; see `LanguageModelHandler`."""
+
+    state_dict_path: str
+    model_name: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    cache_dir: str | None = None
+
+    def load(self) -> tuple[LanguageModel, str]:
+        """Loads the model; returns it, and the checksum of the state dict that it was loaded from.
+
+        Raises:
+            FileNotFoundError, PermissionError: the state dict cannot be read.
+            WrongModelError: it was made from another model.
+            LoadError, ModelError: it is damaged, its model is of no use here, or the device is not there.
+        """
+        device = choose_device(self.device)
+        dtype, reason = choose_dtype(device, self.dtype)
+        log.info("Computing on %s in %s: %s", device, dtype_name(dtype), reason)
+        state_dict = fetch(self.state_dict_path, dtype, self.cache_dir)
+        state_dict.manifest.check_model(self.state_dict_path, self.model_name)
+        made_from = state_dict.manifest.model_name
+        started = time.monotonic()
+        model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
+        log.info("Loaded %s in %.2f s", made_from, time.monotonic() - started)
+        _count_load()
+        return LanguageModel(model, tokenizer, made_from), state_dict.manifest.crc32c
+
+
+class _Served:
+    """A model in use, from a source."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self.language_model, self._checksum = source.load()
+        self.is_watched = False
+
+    def look(self) -> None:
+        """Takes up the state dict that is at the path now, if it is another one and can be used.
+
+        A model of another architecture takes the place of this one only for later callers of `serve`, and
+        never while a thread watches: whoever asks the old one would go on with it.
+        """
+        path = self._source.state_dict_path
+        try:
+            if read_manifest(path).crc32c == self._checksum:
+                return
+            new, checksum = self._source.load()
+            try:
+                self.language_model.take_over(new)
+            except OtherModelError:
+                if self.is_watched:
+                    raise
+                self.language_model = new
+            self._checksum = checksum
+            drop_older_copies(path, checksum, self._source.cache_dir)
+            log.info("Took up the new state dict at %s", path)
+        except Exception as error:  # the old model goes on; the next check may find a whole file
+            log.error("The new state dict at %s cannot be used: %s", path, error)
+
+    def watch(self, seconds: float) -> None:
+        """Looks every so many seconds, in a thread that ends when the model is served no more."""
+
+        def look_again_and_again() -> None:
+            while _served.get(self._source) is self:
+                time.sleep(seconds)
+                if _served.get(self._source) is self:
+                    self.look()
+
+        self.is_watched = True
+        threading.Thread(target=look_again_and_again, name="state dict watch", daemon=True).start()
+
+
+def serve(source: ModelSource, reload_seconds: float | None = None) -> LanguageModel:
+    """The model from `source`, loaded if this process has not loaded it yet or its state dict is new.
+
+    Args:
+        source: where the model comes from.
+        reload_seconds: how often to look for a new state dict at the same path from now on. None looks only
+            when this function is called, so that converting again in a notebook is enough. The old one serves
+            until the new one is ready, and goes on if the new one cannot be used.
+
+    Raises:
+        As `ModelSource.load`, if nothing is served yet.
+    """
+    with _lock:
+        served = _served.get(source)
+        if served is None:
+            served = _served[source] = _Served(source)
+        elif not served.is_watched:
+            served.look()
+        if reload_seconds is not None and not served.is_watched:
+            served.watch(reload_seconds)
+        return served.language_model
+
+
+def forget(source: ModelSource) -> None:
+    """Stops serving a model; its memory is freed once nothing uses it any more."""
+    with _lock:
+        _served.pop(source, None)
+
+
+def count_loads() -> int:
+    """How many models were loaded since the last call; Beam drops counts made while a DoFn is set up."""
+    global _loads
+    with _count_lock:
+        loads, _loads = _loads, 0
+    return loads
+
+
+def _count_load() -> None:
+    global _loads
+    with _count_lock:
+        _loads += 1

@@ -1,0 +1,109 @@
+"""Pub/Sub → language model → Pub/Sub, built into a Beam pipeline and started on whatever runner is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.runners.runner import PipelineResult
+
+from helpers.load_state_dict import read_manifest
+from helpers.model_handler.options import takes_options
+from helpers.pipeline.transforms import AskMessages
+
+LAUNCHERS = "streaming_llm_helpers.launchers"
+"""The entry points, in pyproject.toml, of what starts a pipeline on a runner that needs more than the
+pipeline: for Dataflow, a job around it. They are named by the runner, so that no step knows a later one."""
+
+
+class CommandLineError(ValueError):
+    """Arguments that are not understood, or do not go together; the message says which."""
+
+
+@takes_options
+def build(
+    pipeline: beam.Pipeline,
+    *,
+    model_name: str,
+    state_dict_path: str,
+    responses_topic: str,
+    messages_topic: str | None = None,
+    messages_subscription: str | None = None,
+    dead_letter_topic: str | None = None,
+    **options: Any,
+) -> None:
+    """Adds Pub/Sub → model → Pub/Sub to a pipeline.
+
+    Args:
+        pipeline: a streaming pipeline.
+        model_name: the model that the state dict was made from.
+        state_dict_path: `.../NAME.pt`, local or `gs://`.
+        responses_topic: `projects/P/topics/T`.
+        messages_topic: a topic to read through the job's own subscription, which sees only what is published
+            from then on.
+        messages_subscription: a subscription to read instead of a topic; messages wait in it for the job.
+        dead_letter_topic: for messages without a response; without it they are only logged and counted.
+        {options}
+    """
+    source = beam.io.ReadFromPubSub(
+        topic=messages_topic, subscription=messages_subscription, with_attributes=True
+    )
+    responses, dead_letters = (
+        pipeline | "Read messages" >> source | "Answer" >> AskMessages(model_name, state_dict_path, **options)
+    )
+    responses | "Write responses" >> beam.io.WriteToPubSub(responses_topic, with_attributes=True)
+    if dead_letter_topic:
+        dead_letters | "Write dead letters" >> beam.io.WriteToPubSub(dead_letter_topic, with_attributes=True)
+
+
+def start(beam_options: PipelineOptions, arguments: dict[str, Any]) -> PipelineResult:
+    """Builds the pipeline with `build`'s arguments, and starts it as Beam's options say."""
+    beam_options.view_as(StandardOptions).streaming = True
+    pipeline = beam.Pipeline(options=beam_options)
+    build(pipeline, **arguments)
+    return pipeline.run()
+
+
+def launch(beam_options: PipelineOptions, arguments: dict[str, Any], **job: Any) -> PipelineResult:
+    """Starts the pipeline on the runner that Beam's options name, with what that runner needs around it.
+
+    Args:
+        beam_options: Beam's; for Dataflow, what is not chosen in them is chosen by `helpers.dataflow`.
+        arguments: of `build`.
+        job: of the job around the pipeline; see `helpers.dataflow.submit`.
+
+    Raises:
+        CommandLineError: arguments of a job for a runner that has none, or the helpers are not installed.
+        FileNotFoundError, PermissionError, StorageError: the state dict cannot be read.
+        WrongModelError: it was made from another model.
+        And as the launcher of the runner.
+    """
+    runner = _runner(beam_options)
+    if launcher := _launcher(runner):
+        return launcher(beam_options, arguments, **job)
+    if job:
+        raise CommandLineError(f"--{next(iter(job)).replace('_', '-')} needs --runner=DataflowRunner")
+    if runner == "DataflowRunner":
+        raise CommandLineError(
+            "The helpers are not installed, so that no job can be submitted: run `pip install --no-deps "
+            "-e .` in the repository's folder."
+        )
+    # A worker without a manifest, or with another model's, would fail, start, and fail again.
+    read_manifest(arguments["state_dict_path"]).check_model(
+        arguments["state_dict_path"], arguments["model_name"]
+    )
+    return start(beam_options, arguments)
+
+
+def _runner(beam_options: PipelineOptions) -> str:
+    """The runner's class: `--runner` may be a name without `Runner`, in any case, or with its module."""
+    name = (beam_options.view_as(StandardOptions).runner or "").rpartition(".")[2]
+    return "DataflowRunner" if name.lower() in ("dataflow", "dataflowrunner") else name
+
+
+def _launcher(runner: str) -> Callable[..., PipelineResult] | None:
+    found = list(entry_points(group=LAUNCHERS, name=runner)) if runner else []
+    return found[0].load() if found else None

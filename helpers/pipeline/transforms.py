@@ -1,0 +1,211 @@
+"""The language model as Beam transforms: prompts to responses, and Pub/Sub messages to messages.
+
+A message is UTF-8 text in `data`. Its response is the model's text, with all of the message's own
+attributes and these:
+
+* `prompt_message_id`: the message's id, given by Pub/Sub;
+* `model_name`: the model that answered.
+
+A message without a response goes to the dead-letter topic as it came, with the same bytes and attributes, and
+with `prompt_message_id`, `model_name` and `error`, the reason.
+
+Pub/Sub allows a message 100 attributes and 10 MB. Attributes that no longer fit are left out, the last by
+name first, and so are those that begin with `goog`, which are Pub/Sub's own; `attributes_left_out` says
+how many. A dead letter within a few kB of 10 MB loses the end of its data; `data_bytes_cut` says how much.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.io.gcp.pubsub import PubsubMessage
+from apache_beam.metrics import Metrics
+from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
+from apache_beam.pvalue import PCollection, TaggedOutput
+from apache_beam.transforms.window import TimestampedValue
+
+from helpers.model_handler import NAMESPACE, AnsweringOptions, Failure, LanguageModelHandler
+from helpers.model_handler.options import takes_options
+
+log = logging.getLogger(__name__)
+
+# https://cloud.google.com/pubsub/quotas#resource_limits
+MAX_ATTRIBUTES = 100
+MAX_ATTRIBUTE_BYTES = 1024
+MAX_MESSAGE_BYTES = 10_000_000 - 4096  # less the request's overhead
+
+
+class FailedPromptError(RuntimeError):
+    """A prompt failed, and failures have no output of their own: see `AskModel.with_exception_handling`."""
+
+
+class FailedPrompt(NamedTuple):
+    """A prompt without a response, and why; `prompt` is `(key, text)` where the prompts had keys."""
+
+    prompt: Any
+    error: str
+
+
+@takes_options
+class AskModel(beam.PTransform):
+    """Asks a language model: prompts in, its responses out.
+
+        responses = prompts | AskModel("google/flan-t5-xl", "gs://BUCKET/flan-t5-xl.pt")
+
+    The prompts are `str`, or `(key, str)` pairs if `keyed`; the responses have the same form. Windows and
+    timestamps are kept.
+
+    By default, a prompt that fails raises an error, which stops a batch job and which a streaming job retries
+    for ever. `with_exception_handling` gives such prompts an output of their own.
+
+    Args:
+        model_name: the model that the state dict must have been made from; None takes any.
+        state_dict_path: `.../NAME.pt`, local or `gs://`.
+        keyed: whether the prompts are `(key, str)` pairs.
+        {options}
+
+    Raises:
+        TypeError: there is no such option.
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None,
+        state_dict_path: str,
+        max_response_tokens: int = AnsweringOptions.max_response_tokens,
+        *,
+        keyed: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._handler = LanguageModelHandler(
+            state_dict_path, model_name, max_response_tokens=max_response_tokens, **options
+        )
+        self._keyed = keyed
+        self._catch = False
+
+    def with_exception_handling(self) -> "AskModel":
+        """Makes the output a pair: the responses, and the `FailedPrompt`s."""
+        self._catch = True
+        return self
+
+    # No return type: Beam takes it for the element type and warns about a union.
+    def expand(self, prompts: PCollection):
+        results = (
+            prompts
+            | "Note time" >> beam.ParDo(_note_time, self._keyed)
+            | "Run inference" >> RunInference(KeyedModelHandler(self._handler))
+        )
+        if not self._catch:
+            return results | "Get responses" >> beam.Map(_response_or_raise, self._keyed)
+        outputs = results | "Split" >> beam.ParDo(_split, self._keyed).with_outputs("failed", main="answered")
+        return outputs.answered, outputs.failed
+
+
+def _note_time(element: Any, keyed: bool, timestamp: Any = beam.DoFn.TimestampParam) -> Iterator[Any]:
+    """Puts each prompt's timestamp in its key: RunInference's batches have that of their window's end."""
+    key, prompt = element if keyed else (None, element)
+    yield (timestamp, key), prompt
+
+
+def _split(element: Any, keyed: bool) -> Iterator[Any]:
+    (timestamp, key), result = element
+    answer = result.inference
+    if isinstance(answer, Failure):
+        failed = FailedPrompt((key, result.example) if keyed else result.example, answer.error)
+        yield TaggedOutput("failed", TimestampedValue(failed, timestamp))
+    else:
+        yield TimestampedValue((key, answer) if keyed else answer, timestamp)
+
+
+def _response_or_raise(element: Any, keyed: bool) -> TimestampedValue:
+    (timestamp, key), result = element
+    if isinstance(result.inference, Failure):
+        raise FailedPromptError(f"{result.inference.error}: {str(result.example)[:100]!r}")
+    return TimestampedValue((key, result.inference) if keyed else result.inference, timestamp)
+
+
+@takes_options
+class AskMessages(beam.PTransform):
+    """Answers Pub/Sub messages: `PubsubMessage`s in, and two collections of `PubsubMessage`s out.
+
+        responses, dead_letters = messages | AskMessages("google/flan-t5-xl", "gs://BUCKET/flan-t5-xl.pt")
+
+    Args:
+        model_name: the model that the state dict was made from; the responses carry its name.
+        state_dict_path: `.../NAME.pt`, local or `gs://`.
+        {options}
+
+    Raises:
+        TypeError: there is no such option.
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(self, model_name: str, state_dict_path: str, **options: Any) -> None:
+        super().__init__()
+        self._model_name = model_name
+        self._ask = AskModel(model_name, state_dict_path, keyed=True, **options).with_exception_handling()
+
+    def expand(self, messages: PCollection) -> tuple[PCollection, PCollection]:
+        read = messages | "Read prompts" >> beam.ParDo(_read_prompt).with_outputs(
+            "unreadable", main="prompts"
+        )
+        answered, failed = read.prompts | "Ask model" >> self._ask
+        responses = answered | "To responses" >> beam.Map(to_response, model_name=self._model_name)
+        failures = (read.unreadable, failed) | "All failures" >> beam.Flatten()
+        return responses, failures | "To dead letters" >> beam.Map(
+            to_dead_letter, model_name=self._model_name
+        )
+
+
+def _read_prompt(message: PubsubMessage) -> Iterator[Any]:
+    # The whole message is the key, so that it comes out beside its response.
+    try:
+        yield message, message.data.decode()
+    except UnicodeDecodeError as error:
+        yield TaggedOutput("unreadable", FailedPrompt((message, ""), f"the message is not UTF-8: {error}"))
+
+
+def to_response(answered: tuple[PubsubMessage, str], model_name: str) -> PubsubMessage:
+    """A message's response, for the responses topic."""
+    message, text = answered
+    data = text.encode(errors="replace")
+    return PubsubMessage(data, _attributes(message, data, model_name=model_name))
+
+
+def to_dead_letter(failed: FailedPrompt, model_name: str) -> PubsubMessage:
+    """A message without a response, as it came and with the reason, for the dead-letter topic."""
+    message, _ = failed.prompt
+    Metrics.counter(NAMESPACE, "dead_letters").inc()
+    log.warning("Message %s has no response: %s", message.message_id, failed.error)
+    # Leaves room for what is added, even if the message is as large as Pub/Sub allows.
+    data = message.data[: MAX_MESSAGE_BYTES - 4 * MAX_ATTRIBUTE_BYTES]
+    more = {"data_bytes_cut": str(len(message.data) - len(data))} if len(data) < len(message.data) else {}
+    attributes = _attributes(message, data, model_name=model_name, error=failed.error, **more)
+    return PubsubMessage(data, attributes)
+
+
+def _bytes_of(attribute: tuple[str, str]) -> int:
+    name, value = attribute
+    return len(name.encode()) + len(value.encode()) + 16  # the request's overhead
+
+
+def _attributes(message: PubsubMessage, data: bytes, **more: str) -> dict[str, str]:
+    """The message's own attributes and more, within Pub/Sub's limits, or publishing would fail for ever."""
+    more = {"prompt_message_id": message.message_id or "", **more}
+    more = {
+        name: value.encode(errors="replace")[:MAX_ATTRIBUTE_BYTES].decode(errors="ignore")
+        for name, value in more.items()
+    }
+    own = {name: value for name, value in (message.attributes or {}).items() if name not in more}
+    # Pub/Sub adds attributes of its own on delivery, and refuses them when published again.
+    kept = dict(sorted(item for item in own.items() if not item[0].lower().startswith("goog")))
+    kept = dict(list(kept.items())[: MAX_ATTRIBUTES - len(more) - 1])
+    size = len(data) + sum(map(_bytes_of, (kept | more).items()))
+    while kept and size > MAX_MESSAGE_BYTES:
+        size -= _bytes_of(kept.popitem())  # the last by name
+    if len(kept) < len(own):
+        more["attributes_left_out"] = str(len(own) - len(kept))
+    return {**kept, **more}

@@ -1,1 +1,0 @@
-"""State dict to answers: fetched, mapped, loaded, asked in batches, as Beam transforms."""

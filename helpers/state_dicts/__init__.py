@@ -1,1 +1,0 @@
-"""Checkpoint to state dict: read, round, write, check, here or in a Vertex AI custom job."""
