@@ -14,6 +14,7 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     MT5Config,
+    PretrainedConfig,
     Qwen3MoeConfig,
     T5Config,
     ViTConfig,
@@ -154,9 +155,15 @@ def test_a_quantized_checkpoint_is_refused():
         parameter_count(config)
 
 
-def test_a_model_without_attention_is_refused():
-    with pytest.raises(SizingError, match="Mamba"):
-        kv_cache_bytes(MambaConfig(), 1, 8, 8, "float16")
+def test_a_model_without_attention_takes_less_than_one_with_it():
+    config = MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=64, state_size=16)
+    state = 3 * (config.intermediate_size * (config.state_size + config.conv_kernel)) * 4
+    assert state < kv_cache_bytes(config, 1, 512, 256, "float32") == 3 * 2 * 32 * 768 * 4
+
+
+def test_a_config_that_does_not_say_its_sizes_is_refused():
+    with pytest.raises(SizingError, match="cannot be computed"):
+        kv_cache_bytes(PretrainedConfig(), 1, 8, 8, "float16")
 
 
 def real_cache_bytes(config) -> int:

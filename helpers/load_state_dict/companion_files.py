@@ -1,11 +1,13 @@
 """What goes into a state dict's companion folder besides the manifest: configs and the tokenizer's files."""
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.models.architecture import read_config
-from helpers.models.checkpoint_files import companion_files
+from helpers.load_state_dict.checkpoint import CheckpointError
+from helpers.models.architecture import read_tokenizer
+from helpers.models.checkpoint_files import companion_files, is_companion
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -25,7 +27,7 @@ def write_companion_files(checkpoint_folder: str | Path, target: str | Path) -> 
     """
     folder, target = Path(checkpoint_folder), Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    names = companion_files(folder)
+    names = sorted({*companion_files(folder), *_tokenizer_files(folder)})
     for name in names:
         copy = target / name
         copy.parent.mkdir(exist_ok=True)
@@ -37,15 +39,49 @@ def write_companion_files(checkpoint_folder: str | Path, target: str | Path) -> 
     return names
 
 
-def has_tokenizer(names: list[str]) -> bool:
-    """Whether these files include a tokenizer's."""
-    return any(
-        Path(name).stem in ("tokenizer", "tokenizer_config", "vocab", "spiece") or name.endswith(".model")
-        for name in names
-    )
+def _tokenizer_files(folder: Path) -> set[str]:
+    """The files of a checkpoint's tokenizer, by the names that its class reads; none where it has no
+    tokenizer."""
+    try:
+        tokenizer = read_tokenizer(folder)
+    except Exception:  # whatever is missing or wrong, the copy is loaded too, and tells
+        return set()
+    return {name for name in tokenizer.vocab_files_names.values() if (folder / name).is_file()}
+
+
+def check_tokenizer(checkpoint_folder: str | Path) -> bool:
+    """Loads the tokenizer from a copy of what a worker will have of it.
+
+    Returns:
+        Whether there is a tokenizer.
+
+    Raises:
+        CheckpointError: there is one that cannot be loaded.
+    """
+    with tempfile.TemporaryDirectory() as copy:
+        names = write_companion_files(checkpoint_folder, copy)
+        try:
+            read_tokenizer(copy)
+        except Exception as error:  # tokenizers' own libraries raise every kind
+            if not any(_is_tokenizers(name) for name in names):
+                return False
+            raise CheckpointError(
+                f"The tokenizer of {checkpoint_folder} cannot be loaded "
+                f"({(str(error) or type(error).__name__).strip().splitlines()[0][:200]}): download its files "
+                "again, or install what it needs"
+            ) from error
+    # Without files of its own, transformers makes an empty tokenizer of some kinds, and says nothing.
+    return any(_is_tokenizers(name) for name in names)
+
+
+def _is_tokenizers(name: str) -> bool:
+    others = ("config.json", GENERATION_CONFIG, "model.json", "preprocessor_config.json", "README.txt")
+    return is_companion(name) and name not in others
 
 
 def _generation_config(folder: Path) -> "GenerationConfig":
+    """What transformers takes where there is no file: the settings in config.json, which its object has
+    not."""
     from transformers import GenerationConfig
 
-    return GenerationConfig.from_model_config(read_config(folder))
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)

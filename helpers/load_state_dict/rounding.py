@@ -51,7 +51,7 @@ def rounded_dtype(source: torch.dtype, target: torch.dtype) -> torch.dtype:
 
 
 def rounded(
-    tensor: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingReport
+    tensor: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingReport, may_be_infinite: bool = False
 ) -> Iterator[torch.Tensor]:
     """Rounds a tensor of any size in constant memory.
 
@@ -60,27 +60,33 @@ def rounded(
         dtype: what to round floating-point numbers to.
         name: the tensor's name, for error messages.
         report: the report to add to.
+        may_be_infinite: whether infinity is a value like others, as for a bound that a buffer holds.
 
     Yields:
         The numbers in order, as one-dimensional tensors of `rounded_dtype(tensor.dtype, dtype)`.
 
     Raises:
-        RoundingError: the tensor holds NaN or infinity, or a number that overflows `dtype`.
+        RoundingError: the tensor holds NaN, or infinity that it may not hold, or a number that overflows
+            `dtype`.
     """
     for chunk in tensor.reshape(-1).split(CHUNK):
         report.numbers += chunk.numel()
-        if chunk.dtype.is_floating_point:
-            yield _round(chunk, dtype, name, report)
+        if not chunk.numel():  # of an empty tensor
+            yield chunk.to(rounded_dtype(chunk.dtype, dtype))
+        elif chunk.dtype.is_floating_point:
+            yield _round(chunk, dtype, name, report, may_be_infinite)
         else:
             yield chunk
 
 
-def _round(exact: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingReport) -> torch.Tensor:
+def _round(
+    exact: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingReport, may_be_infinite: bool
+) -> torch.Tensor:
     if exact.dtype.itemsize == 1:  # float8 has no arithmetic of its own
         exact = exact.float()
     result = exact.to(dtype)
     if exact.dtype == dtype:
-        _check_range(exact, dtype, name)
+        _check_range(exact, dtype, name, may_be_infinite)
         return result
     wide = exact if exact.dtype == torch.float64 else exact.float()
     error = result.to(wide.dtype).sub_(wide).div_(wide)
@@ -88,7 +94,7 @@ def _round(exact: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingR
     # Usually there is nothing more to check. A number that became zero has an error of -1, one that
     # overflowed an error of infinity; one that was zero, or not a number, gives NaN.
     if not -1 < lowest <= highest < 1:
-        _check_range(exact, dtype, name)
+        _check_range(exact, dtype, name, may_be_infinite)
         report.flushed += int(exact.count_nonzero() - result.count_nonzero())
         kept = torch.where(error.abs() < 1, error, 0)
         lowest, highest = (value.item() for value in kept.aminmax())
@@ -96,7 +102,9 @@ def _round(exact: torch.Tensor, dtype: torch.dtype, name: str, report: RoundingR
     return result
 
 
-def _check_range(exact: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+def _check_range(exact: torch.Tensor, dtype: torch.dtype, name: str, may_be_infinite: bool) -> None:
+    if may_be_infinite:
+        exact = torch.where(exact.isinf(), 0, exact)
     lowest, highest = exact.aminmax()  # NaN if there is one
     if not (lowest.isfinite() and highest.isfinite()):
         raise RoundingError(f"{name} holds NaN or infinity: the checkpoint is damaged; download it again")

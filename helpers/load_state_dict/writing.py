@@ -13,7 +13,7 @@ from helpers.files.transfer import crc32c_of
 from helpers.files.whole_file import free_bytes, partial_path, whole_or_absent
 from helpers.load_state_dict.checkpoint import Checkpoint
 from helpers.load_state_dict.checkpoint_keys import Weight, plan_state_dict
-from helpers.load_state_dict.companion_files import has_tokenizer, write_companion_files
+from helpers.load_state_dict.companion_files import check_tokenizer, write_companion_files
 from helpers.load_state_dict.manifest import MANIFEST, Manifest, companion_folder
 from helpers.load_state_dict.rounding import RoundingReport, rounded, rounded_dtype
 from helpers.load_state_dict.state_dict_file import Place, StateDictFile
@@ -44,6 +44,8 @@ def write_state_dict(
     """
     model = architecture_of(read_config(folder)).empty_model()
     plan = plan_state_dict(Checkpoint(folder), model)
+    if not check_tokenizer(folder):
+        tqdm.write(f"No tokenizer in {folder}: to serve the model, put its files there and convert again")
     target = torch_dtype(dtype)
     places = [(w.spec.shape, rounded_dtype(w.spec.dtype, target), w.names) for w in plan.weights]
     size = sum(shape.numel() * kind.itemsize for shape, kind, _ in places)
@@ -86,7 +88,9 @@ def _write_weights(
 ) -> RoundingReport:
     def write(index: int) -> tuple[RoundingReport, int]:
         report = RoundingReport()
-        size = state_dict.write(index, rounded(weights[index].load(), dtype, weights[index].names[0], report))
+        weight = weights[index]
+        chunks = rounded(weight.load(), dtype, weight.names[0], report, may_be_infinite=weight.is_buffer)
+        size = state_dict.write(index, chunks)
         return report, size
 
     total = RoundingReport()
@@ -135,8 +139,6 @@ def _read_back(file_name: str, names: list[str], places: list[Place]) -> None:
 def _write_companion_files(folder: Path, path: Path) -> list[str]:
     companion = Path(companion_folder(path))
     names = write_companion_files(folder, companion)
-    if not has_tokenizer(names):
-        tqdm.write(f"No tokenizer in {folder}: to serve the model, put its files there and convert again")
     for name in set(_earlier_files(companion)) - set(names):
         # Another model was here: its leftover tokenizer files would be taken for this model's.
         if Path(name).name == name:

@@ -49,7 +49,11 @@ class Failure:
 
 
 def batches_by_length(
-    lengths: dict[int, int], max_batch_size: int, max_batch_tokens: int, response_tokens: int = 0
+    lengths: dict[int, int],
+    max_batch_size: int,
+    max_batch_tokens: int,
+    response_tokens: int = 0,
+    padded: bool = True,
 ) -> Iterator[list[int]]:
     """Puts prompts of similar length into batches, longest first.
 
@@ -58,6 +62,7 @@ def batches_by_length(
         max_batch_size: prompts in a batch.
         max_batch_tokens: the limit for a batch's size times the tokens of its longest prompt and response.
         response_tokens: what a response may add to each prompt.
+        padded: whether prompts of different length may share a batch.
 
     Yields:
         Indices; a prompt that is over the budget by itself stands alone.
@@ -66,7 +71,9 @@ def batches_by_length(
     for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
         longest = lengths[batch[0]] if batch else 0
         full = (
-            len(batch) >= max_batch_size or (len(batch) + 1) * (longest + response_tokens) > max_batch_tokens
+            len(batch) >= max_batch_size
+            or (len(batch) + 1) * (longest + response_tokens) > max_batch_tokens
+            or (not padded and lengths[index] != longest)
         )
         if batch and full:
             yield batch

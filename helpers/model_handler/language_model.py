@@ -7,6 +7,7 @@ latter with their chat template if they have one.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +15,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from helpers.model_handler import generation_settings
 from helpers.model_handler.answers import Batch, Failure, Response, batches_by_length
+from helpers.model_handler.encoding import Encoder, PromptError
 from helpers.model_handler.model_loading import LoadError
+from helpers.model_handler.neighbours import Company, establish
 from helpers.model_handler.options import AnsweringOptions
+from helpers.models.architecture import positions_of, response_positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-# A tokenizer without a limit reports a number larger than this.
-NO_LIMIT = 10**6
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be asked."""
+# To find out what a model's answers depend on: any tokenizer makes several tokens of each.
+SAMPLE_PROMPTS = (
+    "Write one long sentence about the deep blue sea, and a short one about its ships, please.",
+    "Is it true that 17 is a prime number? Explain the answer to a child of seven.",
+)
 
 
 class OtherModelError(ValueError):
@@ -39,8 +43,9 @@ class LanguageModel:
     """A model and its tokenizer, ready to answer.
 
     Attributes:
-        model: the transformers model, in evaluation mode on its device.
-        tokenizer: pads on the side that the kind of model needs.
+        model: the transformers model, in evaluation mode on its device. Of its generation config, only the
+            settings that hold here are left: see `helpers.model_handler.generation_settings`.
+        tokenizer: the model's.
         model_name: the name that it answers under.
     """
 
@@ -49,11 +54,19 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.model_name = model_name
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        # A causal model goes on from the last position, so that must be the prompt's last token, not padding.
-        # An encoder reads the whole, and counts its positions from the start.
+        # For those who pad batches of their own; here, see _padded.
         tokenizer.padding_side = "right" if self.is_encoder_decoder else "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if left := generation_settings.not_honoured(model.generation_config):
+            log.warning(
+                "Settings of the publisher's that do not hold here, where the answering options decide: %s",
+                ", ".join(f"{name}={value!r}" for name, value in left.items()),
+            )
+        model.generation_config = generation_settings.held(model.generation_config)
+        self._encoder = Encoder(tokenizer, model.config, self.is_encoder_decoder)
+        self._pad_token_id = self._choose_pad_token()
+        self._company: Company | None = None  # established when prompts first share a batch
         # A runner may call from many threads. Batches take turns: two at once would only share the same
         # cores, and need the memory of both.
         self._turn = threading.Lock()
@@ -71,8 +84,9 @@ class LanguageModel:
         if self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             raise OtherModelError("the new state dict's tokenizer has another vocabulary")
         with self._turn:
-            self.model, self.tokenizer = other.model, other.tokenizer
+            self.model, self.tokenizer, self._encoder = other.model, other.tokenizer, other._encoder
             self.model_name = other.model_name
+            self._pad_token_id = other._pad_token_id
             self.end_token_ids = other.end_token_ids
 
     def check(self, options: AnsweringOptions) -> None:
@@ -81,66 +95,21 @@ class LanguageModel:
         Raises:
             LoadError: the responses asked for leave no room for a prompt.
         """
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = None if self.is_encoder_decoder else positions_of(self.model.config)
         wanted = options.max_response_tokens
-        if positions and not self.is_encoder_decoder and wanted >= positions:
+        if positions and wanted >= positions:
             raise LoadError(
                 f"max_response_tokens is {wanted}, but {self.model_name} has {positions} positions for "
                 "prompt and response together: ask for shorter responses."
             )
 
     def encode(self, prompt: str, options: AnsweringOptions | None = None) -> list[int]:
-        """A prompt's token ids, with the chat template around it where the model has one.
-
-        Raises:
-            PromptError: the prompt is empty, is not text, or is longer than allowed.
-        """
-        options = options or AnsweringOptions()
-        if not isinstance(prompt, str):
-            raise PromptError(f"the prompt is {type(prompt).__name__}, not text")
-        if not prompt.strip():
-            raise PromptError("the prompt is empty")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(f"the prompt is not valid Unicode: {error}") from error
-        limit = self.max_prompt_tokens(options)
-        ids = self._tokenize(prompt)
-        if limit is None or len(ids) <= limit:
-            return ids
-        if not options.truncate:
-            raise PromptError(f"the prompt has {len(ids)} tokens, but the limit is {limit}")
-        # Only the prompt's own text is cut: what surrounds it (template, end token) must stay whole.
-        room = limit - len(self._tokenize(""))
-        if room < 1:
-            raise PromptError(f"max_prompt_tokens {limit} leaves no room beside the chat template")
-        plain = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        while room > 0:
-            ids = self._tokenize(self.tokenizer.decode(plain[:room]))
-            if len(ids) <= limit:
-                return ids
-            room -= len(ids) - limit  # text cut in the middle of a word may have more tokens than before
-        raise PromptError(f"the prompt cannot be cut to {limit} tokens")
-
-    def max_prompt_tokens(self, options: AnsweringOptions) -> int | None:
-        """The most tokens in a prompt, as asked for and as the model allows; None if unbounded."""
-        if self.is_encoder_decoder:
-            # T5 has no limit of its own, but its memory grows with the square of a prompt's length: unless a
-            # limit is asked for, it is the length that the tokenizer names, 512 for flan-t5.
-            named = self.tokenizer.model_max_length
-            return options.max_prompt_tokens or (named if named < NO_LIMIT else None)
-        limits = [options.max_prompt_tokens]
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        limits.append(max(1, positions - options.max_response_tokens) if positions else None)
-        known = [limit for limit in limits if limit]
-        return min(known) if known else None
-
-    def _tokenize(self, prompt: str) -> list[int]:
-        if self.tokenizer.chat_template and not self.is_encoder_decoder:
-            return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        return self.tokenizer(prompt, verbose=False)["input_ids"]
+        """A prompt's token ids: see `helpers.model_handler.encoding.Encoder.encode`."""
+        ids = self._encoder.encode(prompt, options or AnsweringOptions())
+        rows = _rows(self.model)
+        if max(ids, default=0) >= rows:  # on a GPU, it would cost the process rather than the prompt
+            raise PromptError(f"the tokenizer has the token {max(ids)}, but the model only {rows} tokens")
+        return ids
 
     @torch.inference_mode()
     def generate(
@@ -156,10 +125,18 @@ class LanguageModel:
             A response for each prompt, in the same order.
         """
         options = options or AnsweringOptions()
-        batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
+        batch = self._padded(prompts)
         if options.temperature > 0 and options.seed is not None:
             torch.manual_seed(options.seed)
-        output = self.model.generate(**batch, generation_config=self._generation_config(options))
+        settings = generation_settings.for_answering(
+            self.model.generation_config, options, self._pad_token_id
+        )
+        # A decoder with learned positions has no more tokens to give than positions.
+        most = response_positions_of(self.model.config)
+        settings.max_new_tokens = min(options.max_response_tokens, most - 1 if most else math.inf)
+        # Text to stop at can only be found with the tokenizer.
+        more = {"tokenizer": self.tokenizer} if settings.stop_strings else {}
+        output = self.model.generate(**batch, generation_config=settings, **more)
         responses = output if self.is_encoder_decoder else output[:, batch["input_ids"].shape[1] :]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         return [
@@ -167,21 +144,74 @@ class LanguageModel:
             for text, prompt, ids in zip(texts, prompts, responses.tolist(), strict=True)
         ]
 
-    def _generation_config(self, options: AnsweringOptions):
-        sampled = options.temperature > 0
-        values = self.model.generation_config.to_dict() | {
-            "max_new_tokens": options.max_response_tokens,
-            "max_length": None,
-            "min_length": 0,
-            "do_sample": sampled,
-            "num_beams": 1,
-            # Unset rather than left as the checkpoint has them: greedy search warns about each.
-            "temperature": options.temperature if sampled else None,
-            "top_p": options.top_p if sampled else None,
-            "top_k": 0 if sampled else None,
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-        return type(self.model.generation_config)(**values)
+    def _choose_pad_token(self) -> int:
+        """A token to pad with: the tokenizer's own, or any that the model has a row for, since it is masked.
+
+        Some tokenizers have none, and some name one that is not in the model's vocabulary.
+        """
+        rows = _rows(self.model)
+        ends = _as_set(self.model.generation_config.eos_token_id)
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *sorted(ends), 0):
+            if token is not None and 0 <= token < rows:
+                return token
+        return 0
+
+    def _padded(self, prompts: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+        """A batch of encoded prompts, padded to the longest, with the mask that says what is padding."""
+        longest = max(map(len, prompts))
+        tokens = torch.full((len(prompts), longest), self._pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            # A causal model continues after the last position, which must hold the prompt's last token. An
+            # encoder reads the whole, and counts its positions from the start.
+            place = (
+                slice(0, len(prompt)) if self.is_encoder_decoder else slice(longest - len(prompt), longest)
+            )
+            tokens[row, place] = torch.tensor(prompt)
+            mask[row, place] = 1
+        device = self.model.device
+        return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+
+    def _bears(self) -> Company:
+        """Which company the model's answers bear, established once."""
+        if self._company is None:
+            try:
+                options = AnsweringOptions(truncate=True, max_response_tokens=2)
+                samples = [self.encode(prompt, options) for prompt in SAMPLE_PROMPTS]
+                self._company = establish(self._next_logits, samples, self.model.dtype)
+            except Exception as error:  # whatever it is, answering one by one may still work
+                log.warning("It could not be established what answers depend on: %s", _describe(error))
+                self._company = Company.NONE
+            if self._company is not Company.ANY:
+                log.warning(
+                    "Answers of %s depend on the prompts in a batch, so %s",
+                    type(self.model).__name__,
+                    self._company.value,
+                )
+        return self._company
+
+    @torch.inference_mode()
+    def _next_logits(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        """The logits of each prompt's next two tokens, the first of which is the same for all."""
+        settings = generation_settings.for_answering(
+            type(self.model.generation_config)(
+                decoder_start_token_id=self.model.generation_config.decoder_start_token_id
+            ),
+            AnsweringOptions(max_response_tokens=2),
+            self._pad_token_id,
+        )
+        settings.update(min_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+        first = prompts[0][0]
+
+        def choose_first(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            chosen = torch.full_like(scores, -1e9)
+            chosen[:, first] = 0
+            return chosen
+
+        output = self.model.generate(
+            **self._padded(prompts), generation_config=settings, logits_processor=[choose_first]
+        )
+        return torch.cat(output.logits, dim=-1)
 
     def _count(self, ids: list[int]) -> int:
         """Counts the tokens of a response, including its end token but not the padding after it."""
@@ -228,8 +258,17 @@ class LanguageModel:
             except Exception as error:  # a tokenizer's own errors fail this prompt, not its batch
                 results[index] = Failure(_describe(error))
         lengths = {index: len(ids) for index, ids in encoded.items()}
-        room = options.max_batch_size, options.max_batch_tokens, options.max_response_tokens
-        for batch in batches_by_length(lengths, *room):
+        company = Company.ANY
+        if len(lengths) > 1 and options.max_batch_size > 1:
+            with self._turn:
+                company = self._bears()
+        for batch in batches_by_length(
+            lengths,
+            1 if company is Company.NONE else options.max_batch_size,
+            options.max_batch_tokens,
+            options.max_response_tokens,
+            padded=company is Company.ANY,
+        ):
             with self._turn:
                 for index, result in self._isolate(batch, encoded, options, on_batch):
                     results[index] = result
@@ -268,6 +307,11 @@ def _is_broken_device(error: Exception) -> bool:
     """Whether the accelerator itself failed, rather than the prompt, and not merely for lack of memory."""
     broken = getattr(torch, "AcceleratorError", ())
     return isinstance(error, broken) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def _rows(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

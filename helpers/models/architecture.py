@@ -7,6 +7,7 @@ same words.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,11 @@ def read_config(folder: str | Path) -> PretrainedConfig:
 
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
+    if uses_own_code(folder):
+        raise ModelError(
+            f"{folder} holds a model whose code comes with it (auto_map in config.json). Such code is never "
+            f"run here: {ADVICE} that transformers itself knows"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -70,6 +76,17 @@ def read_config(folder: str | Path) -> PretrainedConfig:
             f"{folder}/config.json is not the config of a model that transformers knows "
             f"({_first_line(error)}): {ADVICE}"
         ) from error
+
+
+def uses_own_code(folder: str | Path) -> bool:
+    """Whether the model of a folder is of a kind that transformers knows only by code that came with it."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        written = json.loads((Path(folder) / "config.json").read_text())
+        return "auto_map" in written and written.get("model_type") not in CONFIG_MAPPING
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -122,6 +139,35 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     if model_class.main_input_name != "input_ids":
         raise ModelError(f"{name!r} models take {model_class.main_input_name}, not text: {ADVICE}")
     return Architecture(model_class, config, is_encoder_decoder)
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many positions the part of a model that reads the prompt has; None where it has no such limit."""
+    reader = config
+    for name in ("encoder", "text_config"):
+        nested = getattr(reader, name, None)
+        reader = nested if hasattr(nested, "model_type") else reader
+    return _positions(reader, "max_encoder_position_embeddings", "max_position_embeddings")
+
+
+def response_positions_of(config: PretrainedConfig) -> int | None:
+    """How many positions a decoder has for its response alone; None where it has no such limit."""
+    if not config.is_encoder_decoder:
+        return None
+    writer = getattr(config, "decoder", None)
+    writer = writer if hasattr(writer, "model_type") else config
+    return _positions(writer, "max_decoder_position_embeddings", "max_position_embeddings")
+
+
+def _positions(config: PretrainedConfig, *names: str) -> int | None:
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except NotImplementedError:  # a model without a limit may say so in this way
+            value = None
+        if isinstance(value, int) and value > 0:  # some say -1 for no limit
+            return value
+    return None
 
 
 def head_is_separate(config: PretrainedConfig, as_written: dict[str, Any] | None = None) -> bool:

@@ -14,8 +14,19 @@ WEIGHTS = SAFETENSORS + PICKLES
 """One of these stands in every checkpoint folder. In the order of preference: safetensors are checked more
 strictly, and hold nothing but tensors."""
 
+ADAPTER = "adapter_config.json"
+"""The config of an adapter (LoRA and the like), which changes the weights of a model."""
+
+MERGE = (
+    "merge it into its model first, with the peft package: PeftModel.from_pretrained(model, ADAPTER_FOLDER)"
+    ".merge_and_unload().save_pretrained(NEW_FOLDER), and give NEW_FOLDER"
+)
+
 # What configs, tokenizers and chat templates are stored as.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+_COMPANIONS = (
+    *("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"),
+    *("*.spm", "*.codes", "*.tokenizer"),  # Marian, PhoBERT and BERTweet, ProphetNet
+)
 _FOLDERS = ("additional_chat_templates",)
 
 

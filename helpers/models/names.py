@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from helpers.files.cache import cache_folder
 from helpers.models import packaged
 from helpers.models.architecture import read_config
-from helpers.models.checkpoint_files import WEIGHTS, files_to_download
+from helpers.models.checkpoint_files import ADAPTER, MERGE, WEIGHTS, files_to_download
 from helpers.models.model_error import ModelError
 from helpers.models.packaged import DEFAULT_MODEL, PACKAGED
 
@@ -96,7 +96,15 @@ def _check_folder(folder: Path) -> None:
 
 def _checked_folder(folder: Path) -> Path:
     _check_folder(folder)
-    if not (folder / "config.json").is_file():
+    has_config = (folder / "config.json").is_file()
+    if (folder / ADAPTER).is_file():
+        # transformers would apply it, if peft is installed, and leave it out if not, both without a word.
+        what = "an adapter beside a model" if has_config else "an adapter, and no model"
+        raise ModelError(
+            f"{folder} holds {what}: {MERGE}"
+            + (f". To use the model without it, remove {ADAPTER}." if has_config else ".")
+        )
+    if not has_config:
         raise ModelError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint.")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ModelError(

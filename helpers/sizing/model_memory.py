@@ -105,7 +105,7 @@ def activation_bytes(
     else:
         reading += square * (size + 1)
 
-    logits = batch_size * _part(config, "decoder").vocab_size * (size + 2 * 4)
+    logits = batch_size * _first(_part(config, "decoder"), "vocab_size") * (size + 2 * 4)
     generating = logits + int((CACHE_GROWTH - 1) * batch_size * own * size)
     if config.is_encoder_decoder:
         return max(reading - cache, generating)
@@ -131,51 +131,66 @@ _BIASED_ATTENTION = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transforme
 def _cached_elements(config: PretrainedConfig, prompt_tokens: int, response_tokens: int) -> tuple[int, int]:
     """Numbers cached for one prompt: by a decoder's self-attention, and by its cross-attention."""
     decoder = _part(config, "decoder")
-    layers = _first(decoder, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer")
-    heads = _first(decoder, "decoder_attention_heads", "num_attention_heads", "n_head")
-    if getattr(decoder, "kv_lora_rank", None):
+    layers = _first(
+        decoder, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers"
+    )
+    heads = _first(decoder, "decoder_attention_heads", "num_attention_heads", "n_head", default=0)
+    if rank := _value(decoder, "kv_lora_rank"):
         # Multi-head latent attention (DeepSeek): one compressed vector per token, and its rotary part.
-        row = decoder.kv_lora_rank + decoder.qk_rope_head_dim
+        row = rank + _first(decoder, "qk_rope_head_dim")
+    elif heads:
+        head_width = _value(decoder, "d_kv") or _value(decoder, "head_dim") or _width(decoder) // heads
+        row = 2 * head_width * (_value(decoder, "num_key_value_heads") or heads)
     else:
-        head_width = getattr(decoder, "d_kv", None) or getattr(decoder, "head_dim", None)
-        row = 2 * (head_width or _width(decoder) // heads)
-        row *= getattr(decoder, "num_key_value_heads", None) or heads
+        # Without attention (Mamba, RWKV) a layer keeps a state that does not grow. It is counted as keys and
+        # values of the model's width, which are more as soon as there are more than some tens of tokens.
+        row = 2 * _width(decoder)
 
     if config.is_encoder_decoder:
         return layers * row * response_tokens, layers * row * prompt_tokens
     tokens = prompt_tokens + response_tokens
-    window = getattr(decoder, "sliding_window", None) or tokens
+    window = _value(decoder, "sliding_window") or tokens
     kinds = getattr(decoder, "layer_types", None) or ["sliding_attention"] * layers
     return row * sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in kinds), 0
 
 
 def _feed_forward_width(config: PretrainedConfig) -> int:
-    experts = getattr(config, "num_experts_per_tok", None)
-    if experts:
-        return experts * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
     names = ("d_ff", "encoder_ffn_dim", "intermediate_size", "ffn_dim", "n_inner")
+    if experts := _value(config, "num_experts_per_tok"):
+        return experts * _first(config, "moe_intermediate_size", *names, default=4 * _width(config))
     return _first(config, *names, default=4 * _width(config))
 
 
 def _width(config: PretrainedConfig) -> int:
-    return _first(config, "d_model", "hidden_size", "n_embd")
+    return _first(config, "d_model", "hidden_size", "n_embd", "dim", "emb_dim", "hidden_dim")
 
 
 def _part(config: PretrainedConfig, name: str) -> PretrainedConfig:
     """The config of an encoder or decoder: most families keep both in one, some nest them."""
-    nested = getattr(config, name, None) or getattr(config, "text_config", None)
-    return nested if hasattr(nested, "model_type") else config
+    for part in (name, "text_config"):
+        nested = getattr(config, part, None)
+        config = nested if hasattr(nested, "model_type") else config
+    return config
 
 
 def _first(config: PretrainedConfig, *names: str, default: int | None = None) -> Any:
     """The first of these attributes that a config has: families call the same thing by different names."""
     for name in names:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if (value := _value(config, name)) is not None:
             return value
     if default is not None:
         return default
     raise SizingError(
-        f"The config of this {config.model_type!r} model has none of {', '.join(names)}: its cache cannot be "
-        "computed. Models without attention, such as Mamba, are not supported: choose another."
+        f"The config of this {config.model_type!r} model has none of {', '.join(names)}, so that its memory "
+        "cannot be computed: serve it where the published figures say that it fits, or choose another model"
     )
+
+
+def _value(config: PretrainedConfig, name: str) -> int | None:
+    """A whole number of a config, or the largest of its layers' where they differ; None where it has none."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # transformers' own, of no public name, where layers differ
+        layers = getattr(config, "per_layer_config", None) or ()
+        value = max((found for layer in layers if (found := _value(layer, name))), default=None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
