@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from google.api_core.exceptions import AlreadyExists, DeadlineExceeded, NotFound
 from google.cloud import pubsub_v1
+from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.types import PubsubMessage
 
 # How long, in seconds, a pull waits for a first message before it is repeated.
 PULL_SECONDS = 5
+
+PUBLISH_SECONDS = 60
+MAX_REQUEST_MESSAGES = 1000
+MAX_REQUEST_BYTES = 9_000_000  # of 10 MB, which the request's own bytes count to
 
 
 def create_topic(project: str, name: str) -> str:
@@ -45,7 +50,7 @@ def create_subscription(topic: str, name: str, *, ack_deadline_seconds: int = 60
     return path
 
 
-def publish(topic: str, texts: Iterable[str | bytes], **attributes: str) -> list[str]:
+def publish(topic: str, texts: Iterable[str | bytes], /, **attributes: str) -> list[str]:
     """Publishes messages, all with the same attributes, and returns their ids in order.
 
     Raises:
@@ -53,8 +58,29 @@ def publish(topic: str, texts: Iterable[str | bytes], **attributes: str) -> list
     """
     publisher = pubsub_v1.PublisherClient()
     data = (text if isinstance(text, bytes) else text.encode() for text in texts)
-    futures = [publisher.publish(topic, item, **attributes) for item in data]
-    return [future.result(timeout=60) for future in futures]
+    messages = [PubsubMessage(data=item, attributes=attributes) for item in data]
+    ids: list[str] = []
+    for batch in _requests(messages):
+        # As messages, by the service's own call, which the client inherits: its publish() takes attributes
+        # for arguments, of which `topic`, `data` and `timeout` are its own.
+        response = PublisherClient.publish(publisher, topic=topic, messages=batch, timeout=PUBLISH_SECONDS)
+        ids += response.message_ids
+    return ids
+
+
+def _requests(messages: Iterable[PubsubMessage]) -> Iterator[list[PubsubMessage]]:
+    """Messages in lots that one request may hold: https://cloud.google.com/pubsub/quotas#resource_limits"""
+    batch: list[PubsubMessage] = []
+    size = 0
+    for message in messages:
+        own = PubsubMessage.pb(message).ByteSize() + 16
+        if batch and (len(batch) == MAX_REQUEST_MESSAGES or size + own > MAX_REQUEST_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(message)
+        size += own
+    if batch:
+        yield batch
 
 
 def collect(

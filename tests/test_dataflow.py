@@ -61,12 +61,16 @@ def test_a_job_answers_each_message_and_is_drained_with_nothing_lost(cloud, mode
     job = submit(cloud, model, topics)
     assert job.wait_for("RUNNING", timeout=120) == "RUNNING"
     assert job.job_id in [one.job.job_id for one in dataflow.list_series(cloud.project, LOCATION)]
-    ids = early + pubsub.publish(topics["messages"], [f"prompt {n}" for n in range(20)], origin="test")
+    # Attributes with the names of the clients' own arguments are attributes like others.
+    named = {"topic": "a", "data": "b", "timeout": "c", "retry": "d", "ordering_key": "e", "messages": "f"}
+    texts = [f"prompt {n}" for n in range(20)]
+    ids = early + pubsub.publish(topics["messages"], texts, origin="test", **named)
     bad = pubsub.publish(topics["messages"], [b"\xff", b"  "], origin="test")
 
     responses = pubsub.collect(topics["responses-subscription"], len(ids), timeout=120)
     assert sorted(m.attributes["prompt_message_id"] for m in responses) == sorted(ids)
     assert {m.attributes["origin"] for m in responses} == {"test"}
+    assert sum(named.items() <= dict(m.attributes).items() for m in responses) == 20
     assert {m.attributes["model_name"] for m in responses} == {model[0]}
     dead = pubsub.collect(topics["dead-letters-subscription"], 2, timeout=60)
     assert {m.attributes["prompt_message_id"]: m.data for m in dead} == dict(

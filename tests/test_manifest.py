@@ -1,5 +1,7 @@
 """The manifest and the folder that it lies in."""
 
+import json
+
 import pytest
 
 from helpers.files.transfer import crc32c_of
@@ -43,6 +45,32 @@ def test_a_damaged_manifest_is_named(text, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json is not a manifest .*convert the model again"):
+        read_manifest(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bytes": 10**30},
+        {"bytes": -1},
+        {"bytes": "x"},
+        {"bytes": True},
+        {"crc32c": "../../x"},
+        {"crc32c": 5},
+        {"crc32c": "AAAA"},
+        {"dtype": "int4"},
+        {"model_name": ["x"]},
+        {"files": "abc"},
+        {"files": [5]},
+        {"files": ["a", "a"]},
+        *({"files": [name]} for name in ("", ".", "..", "../x", "/x", "a/../../x", "x\0y", "a\\b", "a/")),
+    ],
+)
+def test_a_manifest_that_others_have_written_is_not_believed(change, tmp_path):
+    (tmp_path / "m").mkdir()
+    values = json.loads(Manifest("m", "float16", 3, 6, "AAAAAA==").to_json()) | change
+    (tmp_path / "m" / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest"):
         read_manifest(tmp_path / "m.pt")
 
 

@@ -8,11 +8,13 @@ import pytest
 from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that
+from apache_beam.transforms import window
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import save_checkpoint
 
 from helpers.load_state_dict import convert
+from helpers.pipeline import AskModel
 from helpers.pipeline.__main__ import main
 from helpers.pipeline.command_line import check_beam_arguments, parser
 from helpers.pipeline.transforms import MAX_ATTRIBUTES, AskMessages, FailedPrompt, to_dead_letter, to_response
@@ -123,6 +125,69 @@ def test_windows_and_timestamps_are_kept(model):
             | AskMessages(*model, max_response_tokens=2)
         )
         assert_that(responses | beam.Map(when), check)
+
+
+WINDOWS = {
+    "global": window.GlobalWindows(),
+    "fixed": window.FixedWindows(5),
+    "sliding": window.SlidingWindows(10, 5),
+    "sessions": window.Sessions(3),
+}
+
+
+@pytest.mark.parametrize("runner", ["FnApiRunner", "BundleBasedDirectRunner"])
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_each_prompt_of_each_window_has_one_answer_in_that_window(kind, runner, model):
+    def place(element, time=beam.DoFn.TimestampParam, window=beam.DoFn.WindowParam):
+        return str(element), time.micros, window.start.micros, window.end.micros
+
+    with beam.Pipeline(runner=runner) as pipeline:
+        prompts = (
+            pipeline
+            | beam.Create([window.TimestampedValue(f"prompt {n}", n * 4) for n in range(6)])
+            | beam.Map(lambda prompt: prompt)
+            | beam.WindowInto(WINDOWS[kind])
+        )
+        answers = prompts | AskModel(*model, 2)
+        places = [
+            collection | f"{n}" >> beam.Map(place) | f"all {n}" >> beam.WindowInto(window.GlobalWindows())
+            for n, collection in enumerate((prompts, answers))
+        ]
+        for n, collection in enumerate(places):
+            count = 12 if kind == "sliding" else 6
+            assert_that(collection, _has(count), label=f"count {n}")
+        same = places | beam.Flatten() | beam.Map(lambda one: one[1:]) | beam.combiners.Count.PerElement()
+        assert_that(same, _pairs, label="same places")
+
+
+def _has(count):
+    def check(outputs):
+        assert len(outputs) == count, outputs
+
+    return check
+
+
+def _pairs(outputs):
+    assert outputs and all(count == 2 for _, count in outputs), outputs
+
+
+def test_a_session_that_grew_keeps_its_window(model):
+    def place(_, time=beam.DoFn.TimestampParam, window=beam.DoFn.WindowParam):
+        return window.start.micros, window.end.micros
+
+    def check(outputs):
+        assert outputs == [(0, 6_000_000)]
+
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        joined = (
+            pipeline
+            | beam.Create([window.TimestampedValue(("key", f"p{n}"), n) for n in range(4)])
+            | beam.Map(lambda pair: pair)
+            | beam.WindowInto(window.Sessions(3))
+            | beam.GroupByKey()
+            | beam.MapTuple(lambda key, prompts: " ".join(prompts))
+        )
+        assert_that(joined | AskModel(*model, 2) | beam.Map(place), check)
 
 
 def test_nothing_is_sent_that_pubsub_refuses():

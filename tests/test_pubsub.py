@@ -1,10 +1,15 @@
 """Topics and subscriptions as the notebooks use them, against the local Pub/Sub."""
 
+import inspect
 import time
 import uuid
 
 import pytest
 from google.api_core.exceptions import NotFound
+from google.cloud import pubsub_v1
+from google.pubsub_v1 import PublisherClient
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from helpers import pubsub
 
@@ -24,6 +29,33 @@ def test_what_is_published_is_collected_with_its_id_and_attributes(topic):
     assert {m.message_id: m.data for m in messages} == dict(zip(ids, [b"one", b"\xfftwo"], strict=True))
     assert all(m.attributes == {"origin": "test"} for m in messages)
     assert sum(arrived) == 2
+
+
+ARGUMENTS = {
+    name
+    for function in (pubsub.publish, pubsub_v1.PublisherClient.publish, PublisherClient.publish)
+    for name in inspect.signature(function).parameters
+}
+
+
+@given(names=st.sets(st.sampled_from(sorted(ARGUMENTS)), min_size=1))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(names=ARGUMENTS)
+def test_attributes_may_have_the_names_of_arguments(topic, names):
+    assert {"topic", "data", "timeout", "retry", "ordering_key", "messages", "texts"} <= ARGUMENTS
+    subscription = pubsub.create_subscription(topic, f"named-{uuid.uuid4().hex[:8]}")
+    attributes = dict.fromkeys(names, "7")
+    pubsub.publish(topic, ["x"], **attributes)
+    [message] = pubsub.collect(subscription, 1, timeout=20)
+    assert dict(message.attributes) == attributes
+    pubsub.delete(subscription)
+
+
+def test_more_messages_than_a_request_may_hold_are_published(topic):
+    subscription = pubsub.create_subscription(topic, "many")
+    ids = pubsub.publish(topic, [b"x" * 4_000_000] * 3 + [b"y"] * 1100)
+    assert len(set(ids)) == 1103
+    assert len(pubsub.collect(subscription, 1103, timeout=60)) == 1103
 
 
 def test_answers_are_matched_to_their_prompts_once(topic):

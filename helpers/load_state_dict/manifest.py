@@ -4,11 +4,14 @@ A state dict is `.../NAME.pt`; its companion folder is `.../NAME/`, with the mod
 generation_config.json, tokenizer files and manifest.json. A worker needs nothing else.
 """
 
+import base64
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 
 from helpers.files import storage
+from helpers.files.names import check_plain
+from helpers.models.dtypes import DTYPES
 
 MANIFEST = "manifest.json"
 
@@ -121,6 +124,28 @@ def read_manifest(state_dict_path: str | os.PathLike) -> Manifest:
     try:
         values = json.loads(text)
         known = {entry.name for entry in fields(Manifest)}
-        return Manifest(**{name: value for name, value in values.items() if name in known})
+        manifest = Manifest(**{name: value for name, value in values.items() if name in known})
+        _check_values(manifest)
+        return manifest
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a manifest ({error}): convert the model again") from error
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Refuses values that no conversion writes: a bucket may be written to by others.
+
+    Raises:
+        ValueError, TypeError: one of them is not what it should be.
+    """
+    texts = (manifest.model_name, manifest.dtype, manifest.crc32c, manifest.source)
+    if not all(isinstance(text, str) for text in texts) or manifest.dtype not in DTYPES:
+        raise ValueError("a name, dtype or checksum is not one")
+    if len(base64.b64decode(manifest.crc32c, validate=True)) != 4:
+        raise ValueError("crc32c is not a checksum")
+    for count in (manifest.parameters, manifest.bytes):
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**63:
+            raise ValueError("a size is not one")
+    if not isinstance(manifest.files, list) or len(set(manifest.files)) != len(manifest.files):
+        raise ValueError("files is not a list of names")
+    for name in manifest.files:
+        check_plain(name)

@@ -23,7 +23,7 @@ from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.pvalue import PCollection, TaggedOutput
-from apache_beam.transforms.window import TimestampedValue
+from apache_beam.utils.windowed_value import WindowedValue
 
 from helpers.model_handler import NAMESPACE, AnsweringOptions, Failure, LanguageModelHandler
 from helpers.model_handler.options import takes_options
@@ -95,36 +95,49 @@ class AskModel(beam.PTransform):
     def expand(self, prompts: PCollection):
         results = (
             prompts
-            | "Note time" >> beam.ParDo(_note_time, self._keyed)
+            | "Note time" >> beam.ParDo(_note_place, self._keyed)
             | "Run inference" >> RunInference(KeyedModelHandler(self._handler))
         )
         if not self._catch:
-            return results | "Get responses" >> beam.Map(_response_or_raise, self._keyed)
+            return results | "Get responses" >> beam.ParDo(_response_or_raise, self._keyed)
         outputs = results | "Split" >> beam.ParDo(_split, self._keyed).with_outputs("failed", main="answered")
         return outputs.answered, outputs.failed
 
 
-def _note_time(element: Any, keyed: bool, timestamp: Any = beam.DoFn.TimestampParam) -> Iterator[Any]:
-    """Puts each prompt's timestamp in its key: RunInference's batches have that of their window's end."""
+def _note_place(
+    element: Any,
+    keyed: bool,
+    timestamp: Any = beam.DoFn.TimestampParam,
+    window: Any = beam.DoFn.WindowParam,
+) -> Iterator[Any]:
+    """RunInference's batches are stamped with the end of their window: a prompt's own place goes in its
+    key."""
     key, prompt = element if keyed else (None, element)
-    yield (timestamp, key), prompt
+    yield (timestamp, window, key), prompt
+
+
+def _in_place(value: Any, place: tuple) -> WindowedValue:
+    """A value at the time and in the window of its prompt. Given a time alone, Beam would assign windows
+    anew: an element of one of two sliding windows would come out in both."""
+    timestamp, window, _ = place
+    return WindowedValue(value, timestamp, (window,))
 
 
 def _split(element: Any, keyed: bool) -> Iterator[Any]:
-    (timestamp, key), result = element
-    answer = result.inference
+    place, result = element
+    key, answer = place[2], result.inference
     if isinstance(answer, Failure):
         failed = FailedPrompt((key, result.example) if keyed else result.example, answer.error)
-        yield TaggedOutput("failed", TimestampedValue(failed, timestamp))
+        yield TaggedOutput("failed", _in_place(failed, place))
     else:
-        yield TimestampedValue((key, answer) if keyed else answer, timestamp)
+        yield _in_place((key, answer) if keyed else answer, place)
 
 
-def _response_or_raise(element: Any, keyed: bool) -> TimestampedValue:
-    (timestamp, key), result = element
+def _response_or_raise(element: Any, keyed: bool) -> Iterator[Any]:
+    place, result = element
     if isinstance(result.inference, Failure):
         raise FailedPromptError(f"{result.inference.error}: {str(result.example)[:100]!r}")
-    return TimestampedValue((key, result.inference) if keyed else result.inference, timestamp)
+    yield _in_place((place[2], result.inference) if keyed else result.inference, place)
 
 
 @takes_options
@@ -148,7 +161,8 @@ class AskMessages(beam.PTransform):
         self._model_name = model_name
         self._ask = AskModel(model_name, state_dict_path, keyed=True, **options).with_exception_handling()
 
-    def expand(self, messages: PCollection) -> tuple[PCollection, PCollection]:
+    # No return type, as above.
+    def expand(self, messages: PCollection):
         read = messages | "Read prompts" >> beam.ParDo(_read_prompt).with_outputs(
             "unreadable", main="prompts"
         )

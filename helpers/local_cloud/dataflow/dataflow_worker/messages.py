@@ -13,13 +13,16 @@ from typing import Any
 import apache_beam as beam
 from google.api_core import exceptions
 from google.cloud import pubsub_v1
-from google.pubsub_v1 import types
+from google.pubsub_v1 import PublisherClient, types
 
 from .graph import Source
 
 LEASE_SECONDS = 15  # how long the messages of a killed worker stay away
 EXTEND_EVERY_SECONDS = 3.0
 PUBLISH_SECONDS = 60.0
+# Of one request: https://cloud.google.com/pubsub/quotas#resource_limits
+MAX_REQUEST_MESSAGES = 1000
+MAX_REQUEST_BYTES = 9_000_000
 
 PubsubMessage = types.PubsubMessage.pb()
 
@@ -145,7 +148,9 @@ def _element(message: Any, source: Source) -> Element:
     pb = type(message).pb(message)
     timestamp = pb.publish_time.ToMicroseconds()
     if source.timestamp_attribute:
-        timestamp = _parse_timestamp(pb.attributes[source.timestamp_attribute])
+        # As Beam's own reader has it, a message without it, or with nonsense in it, has the time it came.
+        with contextlib.suppress(ValueError, OverflowError):
+            timestamp = _parse_timestamp(pb.attributes[source.timestamp_attribute])
     return Element(pb.SerializeToString() if source.with_attributes else pb.data, timestamp)
 
 
@@ -159,19 +164,19 @@ def _parse_timestamp(text: str) -> int:
 class Publish(beam.DoFn):
     """Publishes serialized PubsubMessages at the end of their bundle: a failed one publishes nothing."""
 
-    _client: pubsub_v1.PublisherClient | None = None  # one for the whole process
+    _client: PublisherClient | None = None  # one for the whole process
     _client_lock = threading.Lock()
 
     def __init__(self, topic: str, id_attribute: str, timestamp_attribute: str):
         self._topic = topic
         self._id_attribute = id_attribute
         self._timestamp_attribute = timestamp_attribute
-        self._bundle: list[tuple[bytes, dict[str, str]]] = []
+        self._bundle: list[types.PubsubMessage] = []
 
     def setup(self) -> None:
         with Publish._client_lock:
             if Publish._client is None:
-                Publish._client = pubsub_v1.PublisherClient()
+                Publish._client = PublisherClient()
 
     def start_bundle(self) -> None:
         self._bundle = []
@@ -183,12 +188,22 @@ class Publish(beam.DoFn):
             attributes[self._id_attribute] = uuid.uuid4().hex
         if self._timestamp_attribute:
             attributes[self._timestamp_attribute] = str(timestamp.micros // 1000)
-        self._bundle.append((message.data, attributes))
+        self._bundle.append(types.PubsubMessage(data=message.data, attributes=attributes))
         return ()
 
     def finish_bundle(self) -> None:
-        publish = Publish._client.publish
-        futures = [publish(self._topic, data, **attributes) for data, attributes in self._bundle]
-        for future in futures:
-            future.result(PUBLISH_SECONDS)
+        # As messages: attributes may have the names of a client's own arguments, such as `topic`.
+        batch, size = [], 0
+        for message in self._bundle:
+            own = PubsubMessage.ByteSize(types.PubsubMessage.pb(message))
+            if batch and (len(batch) == MAX_REQUEST_MESSAGES or size + own > MAX_REQUEST_BYTES):
+                self._publish(batch)
+                batch, size = [], 0
+            batch.append(message)
+            size += own
+        if batch:
+            self._publish(batch)
         self._bundle = []
+
+    def _publish(self, messages: list[types.PubsubMessage]) -> None:
+        Publish._client.publish(topic=self._topic, messages=messages, timeout=PUBLISH_SECONDS)
