@@ -278,3 +278,12 @@ def test_job_names_become_valid(text, name):
 def test_label_values_become_valid():
     assert label_value("google/FLAN-t5.xl ") == "google-flan-t5-xl"
     assert len(label_value("x" * 99)) == 63
+
+
+@pytest.mark.parametrize(
+    "label", ["Team=ml", "team=ML Ops", "team=a.b", "team=" + "x" * 64, "goog-x=y", "=x"]
+)
+def test_a_label_that_dataflow_refuses_is_refused_before_it_is_asked(label, capture):
+    with pytest.raises(OptionError, match="is not a label: write KEY=VALUE"):
+        capture(f"--labels={label}")
+    assert capture("--labels=team=ml_1-a")["labels"]["team"] == "ml_1-a"

@@ -549,6 +549,9 @@ def test_requests_that_make_no_sense_are_refused(cloud, jobs, bucket):
     options.update({"options": {"pipelineUrl": f"gs://{BUCKET}/absent.pb"}})
     with pytest.raises(exceptions.InvalidArgument, match=r"absent\.pb does not exist"):
         create(name="absent", environment=dataflow.Environment(sdk_pipeline_options=options))
+    for labels in ({"Team": "ml"}, {"team": "ML Ops"}, {"goog-x": "y"}, {"team": "x" * 64}):
+        with pytest.raises(exceptions.InvalidArgument, match="is invalid: it has up to 63"):
+            create(name="labelled", labels=labels)
     with pytest.raises(exceptions.NotFound, match="2020-01-01"):
         jobs.get("2020-01-01_00_00_00-1")
 

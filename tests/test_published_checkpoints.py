@@ -443,7 +443,7 @@ def test_a_prompt_far_over_the_limit_is_refused_at_once(tmp_path):
     started = time.perf_counter()
     [answer] = model.ask(["w" * 9_900_000], AnsweringOptions(max_response_tokens=2))
     assert time.perf_counter() - started < 2, "it takes a byte tokenizer tens of seconds"
-    assert answer.error.startswith("the prompt has 9,900,000 characters, more")
+    assert answer.error.startswith("the prompt has 9,900,000 characters, too many")
     cut = AnsweringOptions(max_response_tokens=2, truncate=True)
     [answer] = model.ask(["w" * 9_900_000], cut)
     assert answer.prompt_tokens == 510

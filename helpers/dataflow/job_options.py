@@ -27,7 +27,7 @@ from apache_beam.options.pipeline_options import (
 
 from helpers.dataflow.job_guard import DRAIN_LABEL
 from helpers.files import storage
-from helpers.files.labels import SERIES, label_value
+from helpers.files.labels import SERIES, check_label, label_value
 from helpers.files.package import build_wheel
 from helpers.load_state_dict import Manifest, companion_folder, read_manifest
 from helpers.model_handler import AnsweringOptions
@@ -233,5 +233,10 @@ def _set_labels(cloud: GoogleCloudOptions, model_name: str, max_run_minutes: flo
     labels = {**SERIES, "step": "deploy", "model": label_value(Path(model_name).name)}
     if max_run_minutes is not None:
         labels[DRAIN_LABEL] = str(math.ceil(time.time() + max_run_minutes * 60))
+    for label in cloud.labels or []:
+        try:
+            check_label(label)
+        except ValueError as error:
+            raise OptionError(f"--labels: {error}.") from error
     # The user's labels come last, and so win.
     cloud.labels = [f"{key}={value}" for key, value in labels.items()] + (cloud.labels or [])

@@ -12,3 +12,18 @@ def label_value(text: str) -> str:
     The rule: https://cloud.google.com/resource-manager/docs/labels-overview#requirements
     """
     return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-")[:63].strip("-")
+
+
+def check_label(text: str) -> None:
+    """Checks a label as a command line has it, `KEY=VALUE`.
+
+    Raises:
+        ValueError: the services would refuse it.
+    """
+    key, _, value = text.partition("=")
+    is_key = re.fullmatch(r"(?=[^\W\d_])[\w-]{1,63}", key) and not key.startswith("goog")
+    if not is_key or not re.fullmatch(r"[\w-]{0,63}", value) or text != text.lower():
+        raise ValueError(
+            f"{text!r} is not a label: write KEY=VALUE, each of up to 63 lower-case letters, digits, "
+            "underscores and dashes; the key begins with a letter, and not with goog"
+        )

@@ -66,7 +66,7 @@ class Encoder:
         if len(prompt) > most * self._longest_token:
             if not options.truncate:
                 raise PromptError(
-                    f"the prompt has {len(prompt):,} characters, more than it can have: the limit is {most} tokens"
+                    f"the prompt has {len(prompt):,} characters, too many by far: the limit is {most} tokens"
                 )
             prompt = prompt[: most * self._longest_token]
         ids = self._tokenize(prompt)

@@ -38,6 +38,7 @@ from google.cloud.dataflow_v1beta3.types import environment as environment_types
 from google.cloud.dataflow_v1beta3.types import jobs, messages, metrics
 
 from ..front.grpc_service import add_service, already_exists, failed_precondition, invalid_argument, not_found
+from ..front.labels import check_labels
 from .job import ENDED, Job, State
 
 DEFAULT_LOCATION = "us-central1"
@@ -111,6 +112,7 @@ class Dataflow:
         message.CopyFrom(request.job)
         message.project_id = request.project_id or message.project_id
         message.location = request.location or message.location or DEFAULT_LOCATION
+        check_labels(message.labels)
         self._check(message)
         message.replace_job_id = request.replace_job_id or message.replace_job_id
         with self._lock:

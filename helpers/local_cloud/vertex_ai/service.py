@@ -37,6 +37,7 @@ from google.longrunning import operations_pb2
 from google.protobuf import empty_pb2
 
 from ..front.grpc_service import add_service, failed_precondition, not_found
+from ..front.labels import check_labels
 from ..processes import sandbox
 from ..processes.process_group import COMMAND_NOT_FOUND, ProcessGroup
 from ..processes.scratch import Scratch
@@ -110,6 +111,7 @@ class VertexAI:
 
     def CreateCustomJob(self, request: Any, context: grpc.ServicerContext) -> Any:
         check(request.custom_job)
+        check_labels(request.custom_job.labels)
         message = _copy(request.custom_job)
         message.name = f"{request.parent}/customJobs/{next(self._ids)}"
         message.create_time.GetCurrentTime()
