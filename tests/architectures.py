@@ -258,7 +258,12 @@ def _random_model(config, architecture, folder: Path):
     model = architecture.model_class(architecture.config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        computed = (
+            model._keys_to_ignore_on_save or ()
+        )  # by the model itself, so that they are not in its file
+        for name, parameter in model.named_parameters():
+            if name in computed:
+                continue
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
             else:

@@ -290,6 +290,18 @@ def test_beams_own_model_update_changes_the_path_and_frees_the_old_model(llama, 
     assert len(served_model._served) == 1
 
 
+def test_the_first_model_is_freed_however_often_the_path_changes(llama, tmp_path):
+    checkpoint = changed_checkpoint(llama[0], tmp_path / "checkpoint")
+    for name in ("second", "third"):
+        convert(checkpoint, tmp_path / f"{name}.pt", progress=False)
+    handler = LanguageModelHandler(llama[1], max_response_tokens=4)
+    handler.load_model()
+    handler.update_model_path(str(tmp_path / "second.pt"))
+    handler.update_model_path(str(tmp_path / "third.pt"))
+    handler.load_model()
+    assert [source.state_dict_path for source in served_model._served] == [str(tmp_path / "third.pt")]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

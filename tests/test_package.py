@@ -33,4 +33,5 @@ def test_the_wheel_holds_sources_and_configs_only(tmp_path):
     assert "helpers/pipeline/stream.py" in names
     assert "helpers/models/configs/google--flan-t5-xl.json" in names
     assert not [name for name in names if name.startswith("helpers/local_cloud")]
+    assert any(name.endswith("dist-info/entry_points.txt") for name in names), "for Dataflow's launcher"
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]

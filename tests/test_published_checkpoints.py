@@ -7,6 +7,7 @@ import re
 import time
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 import transformers
@@ -35,6 +36,7 @@ from helpers.load_state_dict.checkpoint_keys import computed_tensor
 from helpers.model_handler import AnsweringOptions, Failure, LanguageModelHandler
 from helpers.model_handler.generation_settings import held, not_honoured
 from helpers.model_handler.language_model import LanguageModel
+from helpers.model_handler.neighbours import Company
 from helpers.models import ModelError, resolve
 from helpers.models.architecture import architecture_of, read_config
 from helpers.models.checkpoint_files import files_to_download, is_companion
@@ -170,6 +172,15 @@ def test_whatever_stands_beside_quantized_weights_is_recognised(beside, tmp_path
     save_file(load_file(file) | more, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="quantized"):
         converted(tmp_path / "q")
+
+
+@pytest.mark.parametrize("name", ["vision_model.logit_scale", "model.layers.0.layer_scale", "std_scale"])
+def test_other_tensors_that_scale_are_only_left_out(name, tmp_path, capsys):
+    save_checkpoint("llama", tmp_path / "q")
+    file = tmp_path / "q" / "model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(2)}, file, metadata={"format": "pt"})
+    converted(tmp_path / "q")
+    assert f"such as {name}" in capsys.readouterr().out
 
 
 def test_whole_numbers_in_the_place_of_weights_are_refused(tmp_path):
@@ -308,7 +319,7 @@ def test_settings_that_do_not_hold_are_named_once_when_the_model_is_loaded(tmp_p
     save_checkpoint("llama", folder)
     settings = {"temperature": 0.6, "do_sample": True, "repetition_penalty": 1.1, "min_p": 0.1}
     change_json(folder / "generation_config.json", **settings)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="helpers"):
         language_model(folder).ask(PROMPTS[:2])
     [line] = [record.message for record in caplog.records if "do not hold" in record.message]
     assert all(name in line for name in ("temperature=0.6", "do_sample=True", "min_p=0.1"))
@@ -323,7 +334,56 @@ def test_the_rule_of_settings_covers_all_that_transformers_knows():
     assert not_honoured(transformers.GenerationConfig()) == {}
 
 
+def test_text_to_stop_at_costs_no_batch(tmp_path):
+    folder, batches = tmp_path / "llama", []
+    save_checkpoint("llama", folder)
+    change_json(folder / "generation_config.json", stop_strings=["zz"], min_length=3, forced_eos_token_id=4)
+    options = AnsweringOptions(max_response_tokens=NEW_TOKENS)
+    language_model(folder).ask(PROMPTS, options, on_batch=batches.append)
+    assert [batch.size for batch in batches] == [len(PROMPTS)]
+
+
+def test_padding_that_is_an_ordinary_token_is_no_part_of_an_answer(tmp_path):
+    folder = tmp_path / "llama"
+    save_checkpoint("llama", folder)
+    expected = plain_answers(folder)
+    ends = [AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(token) for token in ("<|end|>", "a")]
+    for name in ("generation_config.json", "config.json"):
+        change_json(folder / name, eos_token_id=ends, pad_token_id=None)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            change_json(folder / name, pad_token=None, eos_token=None)
+    model = language_model(folder)
+    options = AnsweringOptions(max_response_tokens=NEW_TOKENS)
+    alone = [model.ask([prompt], options)[0] for prompt in PROMPTS]
+    assert model.ask(PROMPTS, options) == alone
+    assert len(expected) == len(alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("model_type", "company"),
+    [("recurrent_gemma", Company.SAME_LENGTH), ("rwkv", Company.NONE), ("jamba", Company.ANY)],
+)
+def test_which_company_answers_bear_is_found_in_any_dtype(model_type, company, dtype, tmp_path):
+    config = architectures.small_config(model_type)
+    folder = tmp_path / "model"
+    architectures._random_model(config, architecture_of(config), folder)
+    options = {"max_response_tokens": NEW_TOKENS, "device": "cpu", "dtype": dtype}
+    model = LanguageModelHandler(str(converted(folder)), **options, cache_dir=str(tmp_path)).load_model()
+    assert model._bears() is company
+
+
 # Tokenizers
+
+
+def test_other_files_are_not_taken_for_a_tokenizer(tmp_path, capsys):
+    folder = tmp_path / "llama"
+    spread(MixtralForCausalLM(MixtralConfig(**MOE, num_local_experts=2))).save_pretrained(folder)
+    for name in ("trainer_state.json", "all_results.json", "LICENSE.txt"):
+        (folder / name).write_text("{}")
+    converted(folder)
+    assert "No tokenizer in" in capsys.readouterr().out
 
 
 def test_a_tokenizer_with_neither_a_pad_nor_an_end_token_is_enough(tmp_path):
@@ -377,8 +437,8 @@ def test_every_name_that_a_tokenizer_of_transformers_reads_goes_along():
             named |= set(ast.literal_eval(match[1]).values())
     assert {"spiece.model", "vocab.json", "source.spm", "bpe.codes", "prophetnet.tokenizer"} <= named
     assert [name for name in named if not is_companion(name)] == []
-    weights = ["a.safetensors", "model.safetensors", "pytorch_model.bin", "x/model.safetensors"]
-    assert files_to_download([*weights, "source.spm"]) == ["a.safetensors", "model.safetensors", "source.spm"]
+    weights = ["consolidated.safetensors", "model.safetensors", "pytorch_model.bin", "x/model.safetensors"]
+    assert files_to_download([*weights, "source.spm"]) == ["model.safetensors", "source.spm"]
 
 
 def test_a_tokenizer_that_cannot_be_loaded_stops_the_conversion(tmp_path):

@@ -63,7 +63,7 @@ def preflight(
     machine_type: str | None = None,
     **options: Any,
 ) -> list[Finding]:
-    """Checks everything that a job needs; the arguments are those of `helpers.dataflow.submit`.
+    """Checks everything that a job needs; the arguments mean what they mean for `helpers.dataflow.submit`.
 
     Args:
         {options}

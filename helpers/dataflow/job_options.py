@@ -72,7 +72,7 @@ def set_defaults(
         OptionError: a GPU is asked for on a machine that has none, or the time is not above 0.
         WrongModelError: the state dict was made from another model.
         FileNotFoundError, PermissionError, StorageError: the state dict or its manifest cannot be read.
-        MachineTypeError, SizingError: no machine is large enough, or the model is of no known kind.
+        MachineTypeError, SizingError: no machine is large enough, or the model cannot be sized.
     """
     if max_run_minutes is not None and not 0 < max_run_minutes < math.inf:
         raise OptionError(f"max_run_minutes is {max_run_minutes}: it must be above 0.")
@@ -95,7 +95,7 @@ def set_defaults(
 
 def wants_gpu(device: str | None) -> bool:
     """Whether a GPU is asked for: `"cuda"`, or one of several, such as `"cuda:0"`."""
-    return (device or "").startswith("cuda")
+    return (device or "").lower().startswith("cuda")
 
 
 def torch_threads(options: PipelineOptions) -> int | None:

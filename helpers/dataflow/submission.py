@@ -47,8 +47,8 @@ def submit(
     if not is_submitted and max_run_minutes is not None:
         raise CommandLineError("--max-run-minutes is for a job that is submitted now")
     answering = {name: arguments[name] for name in NAMES if name in arguments}
-    if threads := job_options.torch_threads(beam_options):
-        answering.setdefault("torch_threads", threads)
+    if answering.get("torch_threads") is None and (threads := job_options.torch_threads(beam_options)):
+        answering["torch_threads"] = threads
     with tempfile.TemporaryDirectory() as folder:
         job_options.set_defaults(
             beam_options,

@@ -53,6 +53,8 @@ def build_wheel(folder: str | Path) -> Path:
         and file.suffix != ".pyc"
     }
     files[f"{stem}.dist-info/METADATA"] = metadata.encode()
+    if entry_points := distribution.read_text("entry_points.txt"):
+        files[f"{stem}.dist-info/entry_points.txt"] = entry_points.encode()
     files[f"{stem}.dist-info/WHEEL"] = WHEEL_METADATA.encode()
     record = f"{stem}.dist-info/RECORD"
     files[record] = _record(files, record)

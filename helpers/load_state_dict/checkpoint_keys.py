@@ -118,9 +118,9 @@ QUANTIZED = (
 # The names of what stands beside quantized weights, by the libraries that write them: float8 (DeepSeek,
 # compressed-tensors, fbgemm), GPTQ and AWQ, bitsandbytes, AQLM, MXFP4, torchao.
 _QUANTIZATION = re.compile(
-    r"(weight_scale\w*|input_scale\w*|output_scale|_scale_inv|_scale_ub|scales?|[kv]_scale|qweight|qzeros|g_idx"
-    r"|zero_points?|_zero_point|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map"
-    r"|quant_state\.\w+|codebooks|codes|weight_packed|weight_shape|_blocks|_scales|:qdata|:scale|:zero_point)$"
+    r"(weight_scale\w*|_scale_inv|_scale_ub|(^|\.)(input_scale\w*|output_scale|[kv]_scale|zero_points?|scales"
+    r"|qweight|qzeros|g_idx|SCB|weight_format|codebooks|codes|weight_packed|weight_shape)|weight_zero_point"
+    r"|absmax|quant_map|quant_state\.\w+|_blocks|_scales|:qdata|:scale|:zero_point)$"
 )
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l|oft_r|boft_\w+|hada_\w+)(\.|$)")
 

@@ -2,12 +2,13 @@
 
 import shutil
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.load_state_dict.checkpoint import CheckpointError
 from helpers.models.architecture import read_tokenizer
-from helpers.models.checkpoint_files import companion_files, is_companion
+from helpers.models.checkpoint_files import companion_files
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -75,13 +76,18 @@ def check_tokenizer(checkpoint_folder: str | Path) -> bool:
 
 
 def _is_tokenizers(name: str) -> bool:
-    others = ("config.json", GENERATION_CONFIG, "model.json", "preprocessor_config.json", "README.txt")
-    return is_companion(name) and name not in others
+    """Whether a file of this name is a tokenizer's: what goes along by its ending may be anything."""
+    return any(fnmatch(name, pattern) for pattern in _TOKENIZERS)
+
+
+_TOKENIZERS = (
+    *("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.model", "*.tiktoken"),
+    *("*.spm", "*.codes", "*.tokenizer", "source.*", "target.*"),
+)
 
 
 def _generation_config(folder: Path) -> "GenerationConfig":
-    """What transformers takes where there is no file: the settings in config.json, which its object has
-    not."""
+    """What transformers takes where there is no file: the settings that stand in config.json."""
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)

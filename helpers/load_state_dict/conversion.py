@@ -44,7 +44,7 @@ def convert(
         overwrite: whether to replace another state dict at the same path.
         progress: whether to show progress bars and messages.
         checkpoint: a folder to read the weights from, local or `gs://`, for a machine on which `model_name`
-            cannot be resolved.
+            cannot be resolved; one in Cloud Storage for a state dict in Cloud Storage.
 
     Returns:
         The manifest, as it stands in the companion folder.

@@ -90,7 +90,7 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
     def update_model_path(self, model_path: str | None = None) -> None:
         """Serves another state dict from the next `load_model` on, as Beam's model updates require."""
         if model_path and model_path != self._source.state_dict_path:
-            self._replaced = self._source
+            self._replaced = self._replaced or self._source
             self._source = replace(self._source, state_dict_path=str(model_path))
 
     def batch_elements_kwargs(self) -> dict[str, Any]:

@@ -137,11 +137,14 @@ class LanguageModel:
         # Text to stop at can only be found with the tokenizer.
         more = {"tokenizer": self.tokenizer} if settings.stop_strings else {}
         output = self.model.generate(**batch, generation_config=settings, **more)
-        responses = output if self.is_encoder_decoder else output[:, batch["input_ids"].shape[1] :]
+        # Of an encoder-decoder model the first token is the decoder's start, which is not generated.
+        start = 1 if self.is_encoder_decoder else batch["input_ids"].shape[1]
+        # Without what follows the end: padding need not be a token that decoding leaves out.
+        responses = [self._until_end(ids) for ids in output[:, start:].tolist()]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         return [
-            Response(text.strip(), len(prompt), self._count(ids))
-            for text, prompt, ids in zip(texts, prompts, responses.tolist(), strict=True)
+            Response(text.strip(), len(prompt), len(ids))
+            for text, prompt, ids in zip(texts, prompts, responses, strict=True)
         ]
 
     def _choose_pad_token(self) -> int:
@@ -174,21 +177,23 @@ class LanguageModel:
 
     def _bears(self) -> Company:
         """Which company the model's answers bear, established once."""
-        if self._company is None:
-            try:
-                options = AnsweringOptions(truncate=True, max_response_tokens=2)
-                samples = [self.encode(prompt, options) for prompt in SAMPLE_PROMPTS]
-                self._company = establish(self._next_logits, samples, self.model.dtype)
-            except Exception as error:  # whatever it is, answering one by one may still work
-                log.warning("It could not be established what answers depend on: %s", _describe(error))
-                self._company = Company.NONE
-            if self._company is not Company.ANY:
-                log.warning(
-                    "Answers of %s depend on the prompts in a batch, so %s",
-                    type(self.model).__name__,
-                    self._company.value,
-                )
-        return self._company
+        if self._company is not None:
+            return self._company
+        try:
+            options = AnsweringOptions(truncate=True, max_response_tokens=2)
+            samples = [self.encode(prompt, options) for prompt in SAMPLE_PROMPTS]
+            found = establish(self._next_logits, samples, self.model.dtype)
+        except torch.OutOfMemoryError as error:  # another time there may be enough
+            log.warning("It could not be established what answers depend on: %s", _describe(error))
+            return Company.NONE
+        except Exception as error:  # whatever it is, answering one by one may still work
+            log.warning("It could not be established what answers depend on: %s", _describe(error))
+            found = Company.NONE
+        if found is not Company.ANY:
+            name = type(self.model).__name__
+            log.warning("Answers of %s depend on the prompts in a batch, so %s", name, found.value)
+        self._company = found
+        return found
 
     @torch.inference_mode()
     def _next_logits(self, prompts: Sequence[list[int]]) -> torch.Tensor:
@@ -208,18 +213,21 @@ class LanguageModel:
             chosen[:, first] = 0
             return chosen
 
-        output = self.model.generate(
-            **self._padded(prompts), generation_config=settings, logits_processor=[choose_first]
-        )
+        held, self.model.generation_config = self.model.generation_config, type(settings)()
+        try:  # transformers would fill in the publisher's settings, of which none must act here
+            output = self.model.generate(
+                **self._padded(prompts), generation_config=settings, logits_processor=[choose_first]
+            )
+        finally:
+            self.model.generation_config = held
         return torch.cat(output.logits, dim=-1)
 
-    def _count(self, ids: list[int]) -> int:
-        """Counts the tokens of a response, including its end token but not the padding after it."""
-        start = 1 if self.is_encoder_decoder else 0  # the decoder's start token is not generated
-        for position, token in enumerate(ids[start:], start=1):
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """The tokens of a response, its end token included and the padding after it not."""
+        for position, token in enumerate(ids, start=1):
             if token in self.end_token_ids:
-                return position
-        return len(ids) - start
+                return ids[:position]
+        return ids
 
     def ask(
         self,

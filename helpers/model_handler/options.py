@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -38,7 +39,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)
             and (self.above is None or value > self.above)
@@ -66,6 +67,7 @@ def option(
     metavar: str | None = None,
     within: Range | None = None,
     choices: tuple[str, ...] = (),
+    pattern: str = "",
 ) -> Any:
     """A field of `AnsweringOptions`.
 
@@ -75,10 +77,17 @@ def option(
         metavar: stands for its value in the command line's help.
         within: the numbers that it takes.
         choices: the texts that it takes.
+        pattern: a regular expression for those that it takes, in any case.
     """
     return field(
         default=default,
-        metadata={"explanation": explanation, "metavar": metavar, "within": within, "choices": choices},
+        metadata={
+            "explanation": explanation,
+            "metavar": metavar,
+            "within": within,
+            "choices": choices,
+            "pattern": pattern,
+        },
     )
 
 
@@ -121,7 +130,11 @@ class AnsweringOptions:
         metavar="N",
         within=Range(at_least=0, at_most=2**64 - 1),
     )
-    device: str | None = option(None, "Where to compute: cpu or cuda. By default a GPU if there is one.")
+    device: str | None = option(
+        None,
+        "Where to compute: cpu or cuda. By default a GPU if there is one.",
+        pattern=r"|auto|cpu|(cuda|mps|xpu)(:\d+)?",
+    )
     dtype: str | None = option(
         None, "What to compute in. By default what the device is fast in.", choices=("auto", *DTYPES)
     )
@@ -295,5 +308,8 @@ def _check(one: Field, value: Any) -> None:
         raise ValueError(f"{one.name} is {value!r}: it must be {wanted}.")
     if within is not None and value not in within:
         raise ValueError(f"{one.name} is {value!r}: it must be {within}.")
+    pattern = one.metadata["pattern"]
+    if pattern and not re.fullmatch(pattern, value, re.IGNORECASE):
+        raise ValueError(f"{one.name} is {value!r}: it must be auto, cpu, cuda or one of several, as cuda:1.")
     if choices and value not in choices:
         raise ValueError(f"{one.name} is {value!r}: it must be one of {', '.join(choices)}.")

@@ -49,13 +49,13 @@ class ModelSource:
         device = choose_device(self.device)
         dtype, reason = choose_dtype(device, self.dtype)
         log.info("Computing on %s in %s: %s", device, dtype_name(dtype), reason)
+        # Before anything is fetched: another model's weights are of no use.
+        read_manifest(self.state_dict_path).check_model(self.state_dict_path, self.model_name)
         state_dict = fetch(self.state_dict_path, dtype, self.cache_dir)
-        state_dict.manifest.check_model(self.state_dict_path, self.model_name)
         made_from = state_dict.manifest.model_name
         started = time.monotonic()
         model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
         log.info("Loaded %s in %.2f s", made_from, time.monotonic() - started)
-        _count_load()
         return LanguageModel(model, tokenizer, made_from), state_dict.manifest.crc32c
 
 
@@ -65,7 +65,9 @@ class _Served:
     def __init__(self, source: ModelSource) -> None:
         self._source = source
         self.language_model, self._checksum = source.load()
+        self._refused = ""
         self.is_watched = False
+        _count_load()
 
     def look(self) -> None:
         """Takes up the state dict that is at the path now, if it is another one and can be used.
@@ -75,16 +77,19 @@ class _Served:
         """
         path = self._source.state_dict_path
         try:
-            if read_manifest(path).crc32c == self._checksum:
+            there = read_manifest(path).crc32c
+            if there in (self._checksum, self._refused):
                 return
             new, checksum = self._source.load()
             try:
                 self.language_model.take_over(new)
             except OtherModelError:
                 if self.is_watched:
+                    self._refused = checksum  # it would be loaded again at each look
                     raise
                 self.language_model = new
             self._checksum = checksum
+            _count_load()
             drop_older_copies(path, checksum, self._source.cache_dir)
             log.info("Took up the new state dict at %s", path)
         except Exception as error:  # the old model goes on; the next check may find a whole file

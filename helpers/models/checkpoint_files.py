@@ -65,7 +65,8 @@ def files_to_download(names: Iterable[str]) -> list[str]:
         if "/" not in name
         and is_weights(name)
         and name.removesuffix(".index.json").endswith(suffix)
-        and (suffix == ".safetensors" or name.startswith("pytorch_model"))  # not training_args.bin
+        # Not consolidated.safetensors, adapter_model.safetensors or training_args.bin.
+        and name.startswith("model" if suffix == ".safetensors" else "pytorch_model")
     ]
     return weights + [name for name in names if is_companion(name)]
 

@@ -53,7 +53,7 @@ _GCS_PATH = re.compile(r"(?<![\w./-])/gcs/")
 _SHELL_SAFE = re.compile(r"[\w./+-]+")
 
 
-class CustomJobError(Exception):
+class CommandFailedError(Exception):
     """Why a job failed, for its user."""
 
 
@@ -193,7 +193,7 @@ class VertexAI:
             with ExitStack() as cleanup, log_path.open("ab", buffering=0) as log:
                 try:
                     self._run_replica(job, cleanup, log)
-                except CustomJobError as reason:
+                except CommandFailedError as reason:
                     state, error = State.JOB_STATE_FAILED, f"{reason}\nThe log {log_path} ends:\n"
                     error += log_path.read_text(errors="replace")[-LOG_END_CHARACTERS:]
         except Exception as reason:  # such as a full disk: the job must end whatever happens
@@ -227,19 +227,19 @@ class VertexAI:
             if status is None:
                 job.process.stop()
                 limit = timeout_seconds(job.message)
-                raise CustomJobError(f"The job ran longer than its timeout of {limit:g} s and was ended.")
+                raise CommandFailedError(f"The job ran longer than its timeout of {limit:g} s and was ended.")
             return status
 
         if pool.HasField("python_package_spec"):
             for uri in spec.package_uris:
                 package = shutil.copy(self._staged_file(uri), work)
                 if run([str(box.python), "-m", "pip", "install", package]):
-                    raise CustomJobError(f"The package {uri} could not be installed.")
+                    raise CommandFailedError(f"The package {uri} could not be installed.")
             command = [str(box.python), "-m", spec.python_module, *spec.args]
         else:
             command = [*spec.command, *spec.args]
             if not command:
-                raise CustomJobError(
+                raise CommandFailedError(
                     f"The container_spec has no command, and the local cloud does not pull {spec.image_uri}, "
                     "whose entry point would otherwise be used: give a command."
                 )
@@ -252,7 +252,7 @@ class VertexAI:
         if status == COMMAND_NOT_FOUND:
             log.write(b"No image is pulled here: a job's command must be a program on this machine.\n")
         if status:
-            raise CustomJobError(f"The replica workerpool0-0 exited with a non-zero status of {status}.")
+            raise CommandFailedError(f"The replica workerpool0-0 exited with a non-zero status of {status}.")
 
     def _mount(self, folder: Path, cleanup: ExitStack) -> str:
         """A path for /gcs/ that a shell takes as one word, whatever the folder of the objects is called."""
@@ -266,7 +266,7 @@ class VertexAI:
     def _staged_file(self, uri: str) -> Path:
         path = self._storage_root / uri.removeprefix("gs://")
         if not uri.startswith("gs://") or not path.is_file():
-            raise CustomJobError(f"The package {uri} does not exist in Cloud Storage.")
+            raise CommandFailedError(f"The package {uri} does not exist in Cloud Storage.")
         return path
 
 
