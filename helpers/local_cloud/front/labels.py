@@ -9,6 +9,7 @@ MOST = 64
 # https://cloud.google.com/resource-manager/docs/labels-overview#requirements; letters without capitals count
 # too.
 _KEY = re.compile(r"(?=[^\W\d_])[\w-]{1,63}")
+_RESERVED = re.compile(r"goog(?!-dataflow-)")  # Beam adds goog-dataflow-notebook to the jobs of a notebook
 _VALUE = re.compile(r"[\w-]{0,63}")
 
 
@@ -17,7 +18,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
     if len(labels) > MOST:
         raise invalid_argument(f"A job has at most {MOST} labels, and there are {len(labels)}.")
     for key, value in labels.items():
-        if not _KEY.fullmatch(key) or key != key.lower() or key.startswith("goog"):
+        if not _KEY.fullmatch(key) or key != key.lower() or _RESERVED.match(key):
             raise invalid_argument(
                 f"The label key {key!r} is invalid: it has up to 63 lower-case letters, digits, underscores "
                 "and dashes, begins with a letter, and not with goog."
