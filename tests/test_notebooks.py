@@ -67,6 +67,8 @@ def test_02_converts_in_a_vertex_ai_job(tmp_path, tiny):
     text = shown(execute("02", tmp_path, model_name=tiny))
     assert "succeeded after" in text
     assert f"run-inference/{Path(tiny).name}.pt" in text
+    [here, there] = re.findall(r"^ *(?:here|on Vertex AI) .* (\S+==)$", text, re.MULTILINE)
+    assert here == there, "the same bytes here and on Vertex AI"
 
 
 @pytest.mark.parametrize("name", ["03", "04"])
