@@ -35,13 +35,13 @@ def establish(
     prompts: Sequence[list[int]],
     dtype: torch.dtype,
 ) -> Company:
-    """Finds out which company a model's answers bear.
+    """Finds out which prompts may share this model's batches.
 
     Args:
         next_logits: the model: encoded prompts, padded to the longest, to the logits of their next tokens, of
             shape (prompts, tokens × vocabulary).
-        prompts: token ids of a few, whose beginnings are asked alone, beside their ends, and beside the
-            whole.
+        prompts: token ids of a few prompts. The beginning of each is asked alone, beside the prompt's end, and
+            beside the whole prompt.
         dtype: what the model computes in.
     """
     tolerance = TOLERANCE.get(dtype, HALF_PRECISION_TOLERANCE)

@@ -96,7 +96,7 @@ class _Served:
             log.error("The new state dict at %s cannot be used: %s", path, error)
 
     def watch(self, seconds: float) -> None:
-        """Looks every so many seconds, in a thread that ends when the model is served no more."""
+        """Looks every so many seconds, in a thread that ends once the model is no longer served."""
 
         def look_again_and_again() -> None:
             while _served.get(self._source) is self:
