@@ -40,8 +40,8 @@ def establish(
     Args:
         next_logits: the model: encoded prompts, padded to the longest, to the logits of their next tokens, of
             shape (prompts, tokens × vocabulary).
-        prompts: token ids of a few prompts. The beginning of each is asked alone, beside the prompt's end, and
-            beside the whole prompt.
+        prompts: token ids of a few prompts. The beginning of each is asked alone, beside the prompt's end,
+            and beside the whole prompt.
         dtype: what the model computes in.
     """
     tolerance = TOLERANCE.get(dtype, HALF_PRECISION_TOLERANCE)

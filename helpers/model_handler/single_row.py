@@ -3,12 +3,13 @@
 Once the prompt has been read, each step of a lone response multiplies every weight matrix by a single row. In
 bfloat16, torch hands that to oneDNN, which is made for many rows. Torch's own routine for one row reads the
 weights far faster: measured on two cores of an AMD EPYC with AVX512-BF16, torch 2.13, 25 GB/s against 9, and
-1.7 times as many tokens a second for a lone prompt, with SmolLM2-135M and with a model of flan-t5-large's shape.
-From two rows on oneDNN is as fast or faster, and for a prompt's many rows much faster, so only the steps of a
-lone response change.
+1.7 times as many tokens a second for a lone prompt, with SmolLM2-135M and with a model of flan-t5-large's
+shape. From two rows on oneDNN is as fast or faster, and for a prompt's many rows much faster, so only the
+steps of a lone response change.
 
-It acts only on the kind of CPU it was measured on: AVX512-BF16 without AMX, such as AMD's EPYC since Zen 4. The
-machine types that sizing proposes for bfloat16 have AMX; nothing was measured on those, so they are left alone.
+It acts only on the kind of CPU it was measured on: AVX512-BF16 without AMX, such as AMD's EPYC since Zen 4.
+The machine types that sizing proposes for bfloat16 have AMX; nothing was measured on those, so they are left
+alone.
 """
 
 from __future__ import annotations
