@@ -13,6 +13,7 @@ import torch
 
 from helpers.files.names import UnsafeNameError, check_plain
 from helpers.models.checkpoint_files import WEIGHTS
+from helpers.models.error_text import first_line
 
 
 class CheckpointError(ValueError):
@@ -112,7 +113,7 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} is refused: it is a pickle that would run code, or is damaged ({_first_line(error)}). "
+            f"{file} is refused: it is a pickle that would run code, or is damaged ({first_line(error)}). "
             "Ask its publisher for safetensors, or use another model"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -135,8 +136,4 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file} is damaged or incomplete ({_first_line(error)}): download it again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return CheckpointError(f"{file} is damaged or incomplete ({first_line(error)}): download it again")

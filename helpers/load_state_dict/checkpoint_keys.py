@@ -31,6 +31,7 @@ from helpers.load_state_dict.rounding import CHUNK
 from helpers.models.architecture import head_is_separate
 from helpers.models.checkpoint_files import MERGE
 from helpers.models.dtypes import dtype_name
+from helpers.models.error_text import some
 
 
 @dataclass
@@ -89,7 +90,7 @@ def plan_state_dict(checkpoint: Checkpoint, model: PreTrainedModel) -> StateDict
     if missing:
         raise CheckpointError(
             f"{checkpoint.folder} lacks {len(missing)} of the {len(expected)} tensors of "
-            f"{type(model).__name__}: {_some(missing)}. It is incomplete, or not of the architecture that "
+            f"{type(model).__name__}: {some(missing, 5)}. It is incomplete, or not of the architecture that "
             "its config.json names: download it again"
         )
     buffers = {name for name, _ in model.named_buffers()}
@@ -311,7 +312,3 @@ def _separate_head(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from helpers.load_state_dict.checkpoint import CheckpointError
 from helpers.models.architecture import read_tokenizer
 from helpers.models.checkpoint_files import companion_files
+from helpers.models.error_text import first_line
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -16,11 +18,21 @@ if TYPE_CHECKING:
 GENERATION_CONFIG = "generation_config.json"
 
 
-def write_companion_files(checkpoint_folder: str | Path, target: str | Path) -> list[str]:
+def files_to_copy(checkpoint_folder: str | Path) -> list[str]:
+    """The names, relative to a checkpoint's folder, of what a worker needs besides the weights: by their
+    endings, and by the names that the class of its tokenizer reads."""
+    folder = Path(checkpoint_folder)
+    return sorted({*companion_files(folder), *_tokenizer_files(folder)})
+
+
+def write_companion_files(
+    checkpoint_folder: str | Path, names: Sequence[str], target: str | Path
+) -> list[str]:
     """Copies what a worker needs besides the weights, and makes a generation config where there is none.
 
     Args:
         checkpoint_folder: an ordinary checkpoint.
+        names: what `files_to_copy` says of it.
         target: the folder to write to; it is created, and may be the checkpoint's own.
 
     Returns:
@@ -28,7 +40,6 @@ def write_companion_files(checkpoint_folder: str | Path, target: str | Path) -> 
     """
     folder, target = Path(checkpoint_folder), Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    names = sorted({*companion_files(folder), *_tokenizer_files(folder)})
     for name in names:
         copy = target / name
         copy.parent.mkdir(exist_ok=True)
@@ -36,8 +47,8 @@ def write_companion_files(checkpoint_folder: str | Path, target: str | Path) -> 
             shutil.copyfile(folder / name, copy)
     if GENERATION_CONFIG not in names:
         _generation_config(folder).save_pretrained(target)
-        names.append(GENERATION_CONFIG)
-    return names
+        return [*names, GENERATION_CONFIG]
+    return list(names)
 
 
 def _tokenizer_files(folder: Path) -> set[str]:
@@ -50,8 +61,12 @@ def _tokenizer_files(folder: Path) -> set[str]:
     return {name for name in tokenizer.vocab_files_names.values() if (folder / name).is_file()}
 
 
-def check_tokenizer(checkpoint_folder: str | Path) -> bool:
+def check_tokenizer(checkpoint_folder: str | Path, names: Sequence[str]) -> bool:
     """Loads the tokenizer from a copy of what a worker will have of it.
+
+    Args:
+        checkpoint_folder: an ordinary checkpoint.
+        names: what `files_to_copy` says of it.
 
     Returns:
         Whether there is a tokenizer.
@@ -60,7 +75,7 @@ def check_tokenizer(checkpoint_folder: str | Path) -> bool:
         CheckpointError: there is one that cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as copy:
-        names = write_companion_files(checkpoint_folder, copy)
+        write_companion_files(checkpoint_folder, names, copy)
         try:
             read_tokenizer(copy)
         except Exception as error:  # tokenizers' own libraries raise every kind
@@ -68,8 +83,7 @@ def check_tokenizer(checkpoint_folder: str | Path) -> bool:
                 return False
             raise CheckpointError(
                 f"The tokenizer of {checkpoint_folder} cannot be loaded "
-                f"({(str(error) or type(error).__name__).strip().splitlines()[0][:200]}): download its files "
-                "again, or install what it needs"
+                f"({first_line(error)}): download its files again, or install what it needs"
             ) from error
     # Without files of its own, transformers makes an empty tokenizer of some kinds, and says nothing.
     return any(_is_tokenizers(name) for name in names)

@@ -13,7 +13,7 @@ from helpers.files.transfer import crc32c_of
 from helpers.files.whole_file import free_bytes, partial_path, whole_or_absent
 from helpers.load_state_dict.checkpoint import Checkpoint
 from helpers.load_state_dict.checkpoint_keys import Weight, plan_state_dict
-from helpers.load_state_dict.companion_files import check_tokenizer, write_companion_files
+from helpers.load_state_dict.companion_files import check_tokenizer, files_to_copy, write_companion_files
 from helpers.load_state_dict.manifest import MANIFEST, Manifest, companion_folder
 from helpers.load_state_dict.rounding import RoundingReport, rounded, rounded_dtype
 from helpers.load_state_dict.state_dict_file import Place, StateDictFile
@@ -44,7 +44,8 @@ def write_state_dict(
     """
     model = architecture_of(read_config(folder)).empty_model()
     plan = plan_state_dict(Checkpoint(folder), model)
-    if not check_tokenizer(folder):
+    companions = files_to_copy(folder)
+    if not check_tokenizer(folder, companions):
         tqdm.write(f"No tokenizer in {folder}: to serve the model, put its files there and convert again")
     target = torch_dtype(dtype)
     places = [(w.spec.shape, rounded_dtype(w.spec.dtype, target), w.names) for w in plan.weights]
@@ -70,7 +71,7 @@ def write_state_dict(
             bytes=os.path.getsize(file.name),
             crc32c=crc32c_of(file.name),
             tied=[weight.names for weight in plan.weights if len(weight.names) > 1],
-            files=_write_companion_files(folder, path),
+            files=_write_companion_files(folder, companions, path),
             source=source,
             flushed_to_zero=report.flushed_share,
             largest_relative_error=report.largest_relative_error,
@@ -136,9 +137,9 @@ def _read_back(file_name: str, names: list[str], places: list[Place]) -> None:
             raise RuntimeError(f"{shared[0]} did not come out as written: report this, with torch's version")
 
 
-def _write_companion_files(folder: Path, path: Path) -> list[str]:
+def _write_companion_files(folder: Path, companions: list[str], path: Path) -> list[str]:
     companion = Path(companion_folder(path))
-    names = write_companion_files(folder, companion)
+    names = write_companion_files(folder, companions, companion)
     for name in set(_earlier_files(companion)) - set(names):
         # Another model was here: its leftover tokenizer files would be taken for this model's.
         if Path(name).name == name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ import torch
 from helpers.model_handler.single_row import is_worthwhile, speed_up_single_rows
 from helpers.models.architecture import Architecture, architecture_of, read_config, read_tokenizer
 from helpers.models.dtypes import DTYPES
+from helpers.models.error_text import some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -209,7 +210,7 @@ def _misfit(
         if name in expected and tensor.shape != expected[name].shape
     ]
     parts = [
-        f"{what}: {_some(names)}"
+        f"{what}: {some(names, 8)}"
         for what, names in (("missing", missing), ("surplus", surplus), ("of another shape", shapes))
         if names
     ]
@@ -217,8 +218,3 @@ def _misfit(
         f"{file} does not fit {architecture.model_class.__name__}. Keys {'; '.join(parts) or otherwise}. "
         "Give the state dict that was made from this model."
     )
-
-
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

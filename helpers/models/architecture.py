@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.models.error_text import first_line
 from helpers.models.model_error import ModelError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Architecture:
         except Exception as error:  # configs with values that do not fit together raise every kind
             raise ModelError(
                 f"transformers cannot build {self.model_class.__name__} from this config "
-                f"({_first_line(error)}): check config.json"
+                f"({first_line(error)}): check config.json"
             ) from error
 
 
@@ -74,7 +75,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder}/config.json is not the config of a model that transformers knows "
-            f"({_first_line(error)}): {ADVICE}"
+            f"({first_line(error)}): {ADVICE}"
         ) from error
 
 
@@ -193,7 +194,3 @@ def head_is_separate(config: PretrainedConfig, as_written: dict[str, Any] | None
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config() if "text_config" in config.sub_configs else config
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
