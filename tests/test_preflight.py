@@ -1,5 +1,6 @@
 """Everything that a job lacks is found before it is submitted, in one list, with what fixes it."""
 
+import dataclasses
 import subprocess
 import sys
 import uuid
@@ -12,9 +13,10 @@ from tiny_models import save_checkpoint
 from helpers import pubsub
 from helpers.dataflow.job_checks import PreflightError, misses, preflight, require
 from helpers.dataflow.job_estimate import estimate
-from helpers.files.storage import read_bytes
+from helpers.files.storage import parse, read_bytes
+from helpers.files.transfer import crc32c_of_bytes
 from helpers.load_state_dict import convert
-from helpers.load_state_dict.manifest import manifest_path
+from helpers.load_state_dict.manifest import companion_folder, read_manifest
 from helpers.models.names import CONFIGS
 
 LOCATION = "us-central1"
@@ -105,16 +107,27 @@ def test_another_models_state_dict_is_a_miss(ready):
 
 
 def place(storage_client, ready, name: str, *, data: bytes | None = None, config: bytes | None = None) -> str:
-    """Another state dict in the bucket, with the manifest of the first; returns its path."""
+    """Another state dict in the bucket, with the first one's files and its own manifest; returns its path."""
     path = ready["state_dict_path"]
-    bucket, _, blob = path.removeprefix("gs://").partition("/")
-    bucket = storage_client.bucket(bucket)
-    folder = manifest_path(path).removesuffix("manifest.json")
-    other = manifest_path(path.replace("tiny", name)).removesuffix("manifest.json").split("/", 3)[3]
-    bucket.blob(blob.replace("tiny", name)).upload_from_string(data or read_bytes(path))
-    bucket.blob(other + "manifest.json").upload_from_string(read_bytes(folder + "manifest.json"))
-    bucket.blob(other + "config.json").upload_from_string(config or read_bytes(folder + "config.json"))
-    return path.replace("tiny", name)
+    other = path.replace("tiny", name)
+    manifest = read_manifest(path)
+    files = {one: read_bytes(f"{companion_folder(path)}/{one}") for one in manifest.files}
+    files |= {"config.json": config or files["config.json"]}
+    checksums = {one: crc32c_of_bytes(content) for one, content in files.items()}
+    files["manifest.json"] = dataclasses.replace(manifest, checksums=checksums).to_json().encode()
+    bucket = storage_client.bucket(parse(other)[0])
+    bucket.blob(parse(other)[1]).upload_from_string(data or read_bytes(path))
+    for one, content in files.items():
+        bucket.blob(parse(f"{companion_folder(other)}/{one}")[1]).upload_from_string(content)
+    return other
+
+
+def test_a_companion_file_of_another_version_is_a_miss(ready, storage_client):
+    path = place(storage_client, ready, "mixed")
+    bucket, name = parse(f"{companion_folder(path)}/tokenizer.json")
+    storage_client.bucket(bucket).blob(name).upload_from_string("{}")
+    miss = only_miss(ready, state_dict_path=path)
+    assert "tokenizer.json is not there, or is not the one" in miss.detail
 
 
 def test_a_state_dict_that_was_changed_after_its_manifest_is_a_miss(ready, storage_client):

@@ -34,7 +34,7 @@ from helpers.dataflow.cloud_checks import (
 )
 from helpers.dataflow.job_list import list_active
 from helpers.files import storage
-from helpers.load_state_dict import Manifest, read_manifest
+from helpers.load_state_dict import Manifest, check_companions, read_manifest
 from helpers.model_handler import AnsweringOptions
 from helpers.model_handler.options import answering_options, takes_options
 from helpers.models import ModelError
@@ -122,7 +122,8 @@ def _state_dict(path: str, model_name: str) -> tuple[list[Finding], Manifest | N
         ], None
     try:
         manifest = read_manifest(path)
-        is_whole = manifest.describes(path)
+        if is_whole := manifest.describes(path):
+            check_companions(path, manifest)
     except (OSError, ValueError) as error:
         return [Finding(subject, MISS, str(error), convert)], None
     if not is_whole:

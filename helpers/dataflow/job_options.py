@@ -26,10 +26,9 @@ from apache_beam.options.pipeline_options import (
 )
 
 from helpers.dataflow.job_guard import DRAIN_LABEL
-from helpers.files import storage
 from helpers.files.labels import SERIES, check_label, label_value
 from helpers.files.package import build_wheel
-from helpers.load_state_dict import Manifest, companion_folder, read_manifest
+from helpers.load_state_dict import Manifest, read_companion, read_manifest
 from helpers.model_handler import AnsweringOptions
 from helpers.sizing import machine_types
 from helpers.sizing.machine_types import MachineType, MachineTypeError
@@ -148,7 +147,7 @@ def size_for_serving(
     workload = AnsweringOptions().workload() | workload
     families = [family] if family or not on_gpu else list(machine_types.GPU_FAMILIES)
     with tempfile.TemporaryDirectory() as folder:
-        config = storage.read_bytes(f"{companion_folder(state_dict_path)}/config.json")
+        config = read_companion(state_dict_path, manifest, "config.json")
         (Path(folder) / "config.json").write_bytes(config)
         for number, candidate in enumerate(families, 1):
             try:

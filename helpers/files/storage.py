@@ -5,8 +5,9 @@ Google's client is imported when the first `gs://` path is used: local paths nee
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,43 +138,89 @@ def upload(
     path: str | os.PathLike,
     overwrite: bool = False,
     progress: Progress | None = None,
+    before: Callable[[], None] | None = None,
 ) -> None:
     """Copies a local file to `path`, where it appears whole and checked or not at all.
 
-    An identical object at `path` is left as it is.
+    An identical file or object at `path` is left as it is.
+
+    Args:
+        local_file: the file to copy.
+        path: where to.
+        overwrite: whether to replace another file at `path`. This replaces only what is there when the call
+            begins, not an object that comes meanwhile.
+        progress: called as bytes are moved.
+        before: called once it is known what would be replaced, and before that; to stop, it raises.
 
     Raises:
         FileExistsError: there is another file at `path`, and `overwrite` is False.
         FileNotFoundError: the local file, or the bucket, does not exist.
         PermissionError, StorageError: as `read_bytes`.
     """
+    content = (os.path.getsize(local_file), crc32c_of(local_file))
     if not is_cloud(path):
+        if before:
+            before()
+        if Path(path).is_file() and size_and_crc32c(path) == content:
+            return None
         if Path(path).exists() and not overwrite:
             raise _exists_already(path)
         return _copy(Path(local_file), path, progress)
-    content = (os.path.getsize(local_file), crc32c_of(local_file))
     with _explained(path):
         found = _lookup(path)
+        if before:
+            before()
         if found and (found.size, found.crc32c) == content:
             return delete_parts(found, found.size)
         if found and not overwrite:
             raise _exists_already(path)
-        # Even with `overwrite`, this replaces only the object just seen, not one that came since.
         upload_object(local_file, _blob(path), found.generation if found else 0, progress)
     return None
 
 
-def delete_folder(path: str) -> None:
-    """Deletes every object under `path/`.
+def names_in(folder: str | os.PathLike) -> list[str]:
+    """The names of the files in a folder and below it, relative to the folder; none if there is no such
+    folder. Links to folders are not followed.
+
+    Raises:
+        FileNotFoundError: the bucket does not exist.
+        PermissionError, StorageError: as `read_bytes`.
+    """
+    if not is_cloud(folder):
+        root = Path(folder)
+        files = (Path(place) / name for place, _, names in os.walk(root) for name in names)
+        return sorted(file.relative_to(root).as_posix() for file in files)
+    with _explained(f"{folder}/"):
+        bucket, prefix = parse(f"{folder}/")
+        names = [blob.name.removeprefix(prefix) for blob in _client().list_blobs(bucket, prefix=prefix)]
+    return [name for name in names if name and not name.endswith("/")]
+
+
+def delete_folder(path: str | os.PathLike, older_than_seconds: float | None = None) -> None:
+    """Deletes every file or object under `path/`.
+
+    Args:
+        path: a folder on this machine, or `gs://BUCKET/FOLDER`.
+        older_than_seconds: leaves what is younger.
 
     Raises:
         FileNotFoundError, PermissionError, StorageError: as `delete`.
     """
-    folder = path.rstrip("/") + "/"
+    if not is_cloud(path):
+        for name in names_in(path):
+            file = Path(path, name)
+            if older_than_seconds is None or time.time() - file.lstat().st_mtime > older_than_seconds:
+                file.unlink(missing_ok=True)
+        for place, _, _ in os.walk(path, topdown=False):
+            with suppress(OSError):  # not empty
+                os.rmdir(place)
+        return
+    folder = str(path).rstrip("/") + "/"
     with _explained(folder):
         bucket, prefix = parse(folder)
         for blob in _client().list_blobs(bucket, prefix=prefix):
-            blob.delete()
+            if older_than_seconds is None or time.time() - blob.updated.timestamp() > older_than_seconds:
+                _delete_if_there(blob)
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -204,7 +251,7 @@ def delete(path: str | os.PathLike) -> None:
         return
     with _explained(path):
         if blob := _lookup(path):
-            blob.delete()
+            _delete_if_there(blob)
 
 
 def _client() -> "Client":
@@ -237,6 +284,13 @@ def _lookup(path: str | os.PathLike) -> "Blob | None":
             raise
         return None
     return blob
+
+
+def _delete_if_there(blob: "Blob") -> None:
+    from google.api_core.exceptions import NotFound
+
+    with suppress(NotFound):
+        blob.delete()
 
 
 def _copy(source: Path, target: str | os.PathLike, progress: Progress | None) -> None:

@@ -50,6 +50,13 @@ def crc32c_of(path: str | os.PathLike, start: int = 0, size: int | None = None) 
     return base64.b64encode(checksum.digest()).decode()
 
 
+def crc32c_of_bytes(data: bytes) -> str:
+    """The CRC-32C of some bytes, in base64."""
+    import google_crc32c
+
+    return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
+
+
 def download_object(blob: "Blob", file_name: str, progress: Progress | None = None) -> None:
     """Downloads an object into an existing file, and checks what arrived.
 

@@ -15,6 +15,10 @@ except ImportError:  # Windows has no lock: the user must avoid two writers of o
     fcntl = None
 
 
+# A link at the temporary name would be somebody else's way to have another file overwritten.
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
 class FileBusyError(OSError):
     """Another process is writing the same file."""
 
@@ -50,15 +54,9 @@ def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterato
         OSError: the folder cannot be made or written to, or its disk is full.
     """
     path, partial = Path(path), partial_path(path)
-    try:
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _open_locked(partial, wait_seconds)
-    except FileBusyError:
-        raise
-    except OSError as error:
-        raise type(error)(
-            f"{path} cannot be written ({error.strerror}): choose another folder, or make that one writable"
-        ) from error
     try:
         file.truncate(0)
         yield file
@@ -76,11 +74,44 @@ def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterato
         file.close()
 
 
+@contextmanager
+def only_writer(path: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes of this machine from writing what belongs to `path`, for as long as the block
+    takes: for files that are written one after the other, and must come from one writer.
+
+    Raises:
+        FileBusyError: another process is within such a block.
+        OSError: the folder cannot be made or written to.
+    """
+    path = Path(path)
+    lock = path.with_name(f"{path.name}.lock")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(lock, 0)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # before it is released: whoever waits for it sees that it is gone
+        file.close()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileBusyError:
+        raise
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written ({error.strerror}): choose another folder, or make that one writable"
+        ) from error
+
+
 def _open_locked(partial: Path, wait_seconds: float) -> BinaryIO:
     deadline = time.monotonic() + wait_seconds
     while True:
         file = open(  # noqa: SIM115 - whole_or_absent closes it
-            partial, "r+b", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+            partial, "r+b", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o666)
         )
         if _lock(file):
             return file

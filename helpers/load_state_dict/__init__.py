@@ -8,8 +8,12 @@ __all__, __getattr__ = public(
         "checkpoint": ["Checkpoint", "CheckpointError"],
         "conversion": ["convert", "describe", "ensure"],
         "custom_job": ["CustomJobError"],
-        "manifest": ["Manifest", "WrongModelError", "companion_folder", "read_manifest"],
+        "manifest": [
+            *("CompanionError", "Manifest", "WrongModelError", "companion_folder"),
+            *("read_companion", "read_manifest"),
+        ],
         "rounding": ["RoundingError"],
+        "versions": ["ReplacedError", "check_companions"],
         "vertex_conversion": ["vertex", "where_to_convert"],
     },
 )

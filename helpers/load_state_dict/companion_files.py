@@ -33,7 +33,7 @@ def write_companion_files(
     Args:
         checkpoint_folder: an ordinary checkpoint.
         names: what `files_to_copy` says of it.
-        target: the folder to write to; it is created, and may be the checkpoint's own.
+        target: the folder to write to; it is created.
 
     Returns:
         The files' names, relative to `target`.
@@ -43,8 +43,7 @@ def write_companion_files(
     for name in names:
         copy = target / name
         copy.parent.mkdir(exist_ok=True)
-        if not (copy.exists() and copy.samefile(folder / name)):
-            shutil.copyfile(folder / name, copy)
+        shutil.copyfile(folder / name, copy)
     if GENERATION_CONFIG not in names:
         _generation_config(folder).save_pretrained(target)
         return [*names, GENERATION_CONFIG]

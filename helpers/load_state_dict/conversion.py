@@ -11,15 +11,18 @@ worker needs (`helpers.load_state_dict.manifest`). `... vertex` does the same in
 import hashlib
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from helpers.files import storage
-from helpers.files.cache import cache_folder
-from helpers.load_state_dict.manifest import MANIFEST, Manifest, companion_folder, read_manifest
+from helpers.files.cache import cache_folder, private_folder
+from helpers.files.whole_file import only_writer, whole_or_absent
+from helpers.load_state_dict import versions
+from helpers.load_state_dict.manifest import Manifest, companion_folder, read_manifest
 from helpers.models import resolve
-from helpers.models.checkpoint_files import checkpoint_files, is_weights
+from helpers.models.checkpoint_files import checkpoint_files, companion_files, is_weights
 from helpers.models.dtypes import DTYPES
 
 
@@ -34,8 +37,9 @@ def convert(
 ) -> Manifest:
     """Writes a model's state dict and its companion folder, unless they are in place already.
 
-    The file appears at its path whole, after its companion folder, or not at all. A conversion to Cloud
-    Storage works on local disk first; after an interruption, a rerun continues from what is complete.
+    State dict and companion folder take the place of others at one moment, or not at all; `versions` says
+    how. A conversion to Cloud Storage works on local disk first; after an interruption, a rerun continues
+    from what is complete.
 
     Args:
         model_name: what `helpers.models.resolve` understands.
@@ -56,17 +60,23 @@ def convert(
         RoundingError: a weight is NaN, or more than the dtype can hold.
         FileExistsError: there is another state dict at the path, and `overwrite` is False.
         FileNotFoundError, PermissionError: the bucket does not exist, or may not be written to.
+        ReplacedError: another conversion has written the path meanwhile; what is there is the other's.
         OSError: not enough disk space (raised before starting), or another process is writing the same path.
     """
     path = str(state_dict_path)
     source = fingerprint(checkpoint or model_name)
     if manifest := state_dict_in_place(path, model_name, dtype, source, overwrite, progress):
+        if storage.is_cloud(path) and work_folder(path).exists():  # of a conversion that was interrupted
+            _delete_work(path)
         return manifest
     if storage.is_cloud(path):
         storage.check_writable(path)
         manifest = _convert_to_cloud(model_name, path, dtype, overwrite, progress, checkpoint, source)
     else:
-        manifest = _convert_here(model_name, Path(path), dtype, progress, checkpoint, source)
+        with versions.writing(path):
+            if storage.exists(path) and not overwrite:
+                raise versions.replaced(path)
+            manifest = _convert_here(model_name, Path(path), dtype, progress, checkpoint, source)
     if progress:
         print(f"Wrote {path}. {describe(manifest)}")
     return manifest
@@ -93,6 +103,9 @@ def state_dict_in_place(
 ) -> Manifest | None:
     """The manifest of the state dict at `path`, if it is whole and as requested; prints a note if so.
 
+    Where its conversion was interrupted while it moved the companion files to their places, this goes on
+    with that.
+
     Raises:
         ValueError, FileExistsError, FileNotFoundError, PermissionError: as `convert`.
     """
@@ -100,6 +113,8 @@ def state_dict_in_place(
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}: choose one of these")
     companion_folder(path)
     manifest = _in_place(path, model_name, dtype, source)
+    if manifest:
+        versions.finish(path, manifest)
     if manifest and progress:
         print(f"Nothing to do: {path} is in place and whole. {describe(manifest)}")
     if not manifest and not overwrite and storage.exists(path):
@@ -136,7 +151,8 @@ def fingerprint(model_or_folder: str | os.PathLike) -> str:
     folder = Path(model_or_folder).expanduser()
     if not folder.is_dir():
         return ""
-    names = [name for name in checkpoint_files(folder) if is_weights(name) or name == "config.json"]
+    weights = (name for name in checkpoint_files(folder) if is_weights(name))
+    names = sorted({*weights, *companion_files(folder)})
     stats = [(name, (folder / name).stat()) for name in names]
     text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -147,6 +163,7 @@ def _in_place(path: str, model_name: str, dtype: str, source: str) -> Manifest |
         manifest = read_manifest(path)
         as_asked = (manifest.model_name, manifest.dtype, manifest.source) == (model_name, dtype, source)
         if as_asked and manifest.describes(path):
+            versions.check_companions(path, manifest)
             return manifest
     except (FileNotFoundError, NotADirectoryError, ValueError):
         pass
@@ -176,29 +193,48 @@ def _convert_to_cloud(
     checkpoint: str | os.PathLike | None,
     source: str,
 ) -> Manifest:
-    work = work_folder(path)
+    work = private_folder(work_folder(path))
     local = work / path.rpartition("/")[2]
-    manifest = _in_place(str(local), model_name, dtype, source)
-    if not manifest:
-        if checkpoint and storage.is_cloud(checkpoint):
-            checkpoint = storage.download_folder(
-                str(checkpoint), work / f"checkpoint-{source}", sub_folders=True
-            )
-        manifest = _convert_here(model_name, local, dtype, progress, checkpoint, source)
-    # The state dict comes last and completes the set. When replacing another, the manifest comes last: until
-    # then, and if the upload is interrupted, the old manifest goes with the old state dict.
-    late = [MANIFEST] if overwrite else []
-    _upload_companions(local, path, [*manifest.files, *({MANIFEST} - {*late})])
-    with tqdm(
-        total=manifest.bytes, unit="B", unit_scale=True, desc=f"upload {local.name}", disable=not progress
-    ) as bar:
-        storage.upload(local, path, overwrite, bar.update)
-    _upload_companions(local, path, late)
-    shutil.rmtree(work)
+    with only_writer(work / "upload"):
+        manifest = _in_place(str(local), model_name, dtype, source)
+        if manifest:
+            versions.finish(local, manifest)
+        else:
+            if checkpoint and storage.is_cloud(checkpoint):
+                checkpoint = storage.download_folder(
+                    str(checkpoint), work / f"checkpoint-{source}", sub_folders=True
+                )
+            manifest = _convert_here(model_name, local, dtype, progress, checkpoint, source)
+        _upload(local, path, manifest, overwrite, progress)
+        _delete_work(path)
     return manifest
 
 
-def _upload_companions(local: Path, path: str, names: list[str]) -> None:
-    for name in names:
-        source, target = f"{companion_folder(local)}/{name}", f"{companion_folder(path)}/{name}"
-        storage.upload(source, target, overwrite=True)
+def _upload(local: Path, path: str, manifest: Manifest, overwrite: bool, progress: bool) -> None:
+    companions = companion_folder(local)
+    staged = versions.stage(path, manifest, companions, _writer(local.parent))
+    try:
+        with tqdm(
+            total=manifest.bytes, unit="B", unit_scale=True, desc=f"upload {local.name}", disable=not progress
+        ) as bar:
+            storage.upload(local, path, overwrite, bar.update)
+    except FileExistsError:
+        storage.delete_folder(staged)
+        raise
+    versions.settle(path, manifest, companions, staged, overwrite)
+
+
+def _writer(work: Path) -> str:
+    """A name for the conversions that use a work folder: the same after an interruption."""
+    file = work / "writer"
+    if not file.exists():
+        with whole_or_absent(file) as new:
+            new.write(uuid.uuid4().hex[:8].encode())
+    return file.read_text()
+
+
+def _delete_work(path: str) -> None:
+    """Deletes what was needed for a conversion to Cloud Storage, here and there."""
+    work = work_folder(path)
+    versions.delete_abandoned(path, _writer(work))
+    shutil.rmtree(work)

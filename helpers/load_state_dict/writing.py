@@ -1,8 +1,8 @@
 """Converts a checkpoint folder on this machine, tensor by tensor, to a state dict and companion folder."""
 
 import importlib.metadata
-import json
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 
 from helpers.files.transfer import crc32c_of
 from helpers.files.whole_file import free_bytes, partial_path, whole_or_absent
+from helpers.load_state_dict import versions
 from helpers.load_state_dict.checkpoint import Checkpoint
 from helpers.load_state_dict.checkpoint_keys import Weight, plan_state_dict
 from helpers.load_state_dict.companion_files import check_tokenizer, files_to_copy, write_companion_files
-from helpers.load_state_dict.manifest import MANIFEST, Manifest, companion_folder
+from helpers.load_state_dict.manifest import Manifest
 from helpers.load_state_dict.rounding import RoundingReport, rounded, rounded_dtype
 from helpers.load_state_dict.state_dict_file import Place, StateDictFile
 from helpers.models.architecture import architecture_of, read_config
@@ -29,12 +30,13 @@ SPARE_BYTES = 64 * 2**20
 def write_state_dict(
     model_name: str, folder: Path, path: Path, dtype: str, source: str, progress: bool = True
 ) -> Manifest:
-    """Writes the companion folder, then the state dict, which appears at `path` whole and read back.
+    """Writes a state dict, read back, and its companion folder, which appear at one moment.
 
     Args:
         model_name: for the manifest.
         folder: an ordinary checkpoint.
-        path: a local path that ends with `.pt`; an existing state dict is replaced.
+        path: a local path that ends with `.pt`, which only the caller is writing; an existing state dict is
+            replaced.
         dtype: the name of a dtype.
         source: for the manifest.
         progress: whether to show a progress bar of the bytes written.
@@ -56,31 +58,35 @@ def write_state_dict(
             f"Not used from {folder}: {len(plan.unused)} tensors that the model has no place for, such as "
             f"{plan.unused[0]}"
         )
-    with (
-        whole_or_absent(path) as file,
-        tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
-    ):
-        state_dict = StateDictFile(file, plan.names, places)
-        report = _write_weights(state_dict, plan.weights, target, bar)
-        state_dict.finish()
-        _read_back(file.name, plan.names, places)
-        manifest = Manifest(
-            model_name=model_name,
-            dtype=dtype,
-            parameters=report.numbers,
-            bytes=os.path.getsize(file.name),
-            crc32c=crc32c_of(file.name),
-            tied=[weight.names for weight in plan.weights if len(weight.names) > 1],
-            files=_write_companion_files(folder, companions, path),
-            source=source,
-            flushed_to_zero=report.flushed_share,
-            largest_relative_error=report.largest_relative_error,
-            versions={
-                name: importlib.metadata.version(name) for name in ("safetensors", "torch", "transformers")
-            },
-        )
-        with whole_or_absent(Path(companion_folder(path)) / MANIFEST) as manifest_file:
-            manifest_file.write(manifest.to_json().encode())
+    with tempfile.TemporaryDirectory() as copy:
+        files = write_companion_files(folder, companions, copy)
+        with (
+            whole_or_absent(path) as file,
+            tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not progress) as bar,
+        ):
+            state_dict = StateDictFile(file, plan.names, places)
+            report = _write_weights(state_dict, plan.weights, target, bar)
+            state_dict.finish()
+            _read_back(file.name, plan.names, places)
+            manifest = Manifest(
+                model_name=model_name,
+                dtype=dtype,
+                parameters=report.numbers,
+                bytes=os.path.getsize(file.name),
+                crc32c=crc32c_of(file.name),
+                tied=[weight.names for weight in plan.weights if len(weight.names) > 1],
+                files=files,
+                checksums={name: crc32c_of(Path(copy, name)) for name in files},
+                source=source,
+                flushed_to_zero=report.flushed_share,
+                largest_relative_error=report.largest_relative_error,
+                versions={
+                    name: importlib.metadata.version(name)
+                    for name in ("safetensors", "torch", "transformers")
+                },
+            )
+            staged = versions.stage(path, manifest, copy, versions.LOCAL_WRITER)
+        versions.settle(path, manifest, copy, staged, overwrite=True)
     return manifest
 
 
@@ -135,20 +141,3 @@ def _read_back(file_name: str, names: list[str], places: list[Place]) -> None:
         same = {found[name].untyped_storage().data_ptr() for name in shared}
         if len(same) > 1 or any((found[name].shape, found[name].dtype) != (shape, dtype) for name in shared):
             raise RuntimeError(f"{shared[0]} did not come out as written: report this, with torch's version")
-
-
-def _write_companion_files(folder: Path, companions: list[str], path: Path) -> list[str]:
-    companion = Path(companion_folder(path))
-    names = write_companion_files(folder, companions, companion)
-    for name in set(_earlier_files(companion)) - set(names):
-        # Another model was here: its leftover tokenizer files would be taken for this model's.
-        if Path(name).name == name:
-            (companion / name).unlink(missing_ok=True)
-    return names
-
-
-def _earlier_files(companion: Path) -> list[str]:
-    try:
-        return json.loads((companion / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []

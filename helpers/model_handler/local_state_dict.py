@@ -19,11 +19,11 @@ import torch
 from filelock import FileLock
 
 from helpers.files import storage
-from helpers.files.cache import cache_folder
+from helpers.files.cache import cache_folder, private_folder
 from helpers.files.names import inside
 from helpers.files.transfer import crc32c_of
 from helpers.files.whole_file import whole_or_absent
-from helpers.load_state_dict.manifest import Manifest, companion_folder, read_manifest
+from helpers.load_state_dict.manifest import Manifest, read_companion, read_manifest
 from helpers.load_state_dict.state_dict_file import StateDictFile
 from helpers.model_handler.model_loading import LoadError, read_state_dict
 from helpers.models.dtypes import dtype_name
@@ -42,15 +42,23 @@ class LocalStateDict:
         file: the `.pt` file, in the dtype that was asked for.
         folder: config.json, generation_config.json and the tokenizer's files.
         manifest: the manifest of the state dict that it was made from.
+        stamp: tells the file from another one that takes its place.
     """
 
     file: Path
     folder: Path
     manifest: Manifest
+    stamp: str
+
+    def is_there(self) -> bool:
+        """Whether the file is still the one that was fetched: a state dict on this machine is not copied, and
+        a conversion may replace it at any time."""
+        return self.file.is_file() and _stamp(self.file) == self.stamp
 
 
 def state_dict_cache() -> Path:
-    """Where copies are kept: `STATE_DICT_CACHE`, or a folder of the user's own cache."""
+    """Where copies are kept: `STATE_DICT_CACHE`, or a folder of the user's own cache. Each state dict has a
+    folder in it that only this user can write to."""
     return Path(os.environ.get("STATE_DICT_CACHE") or cache_folder("state_dicts"))
 
 
@@ -59,7 +67,8 @@ def fetch(
 ) -> LocalStateDict:
     """The state dict on this machine's disk, checked against its manifest, in `dtype`.
 
-    A copy already there is used as it is. A state dict on this machine, in the right dtype, is not copied.
+    A copy already there is used as it is. The weights of a state dict on this machine, in the right dtype,
+    are not copied.
 
     Args:
         state_dict_path: `.../NAME.pt`, local or `gs://`, with its companion folder beside it.
@@ -68,20 +77,32 @@ def fetch(
 
     Raises:
         FileNotFoundError, PermissionError, storage.StorageError: it cannot be read.
-        LoadError: it is not what its manifest says.
+        CacheError: another user of this machine could have changed the copy.
+        LoadError, CompanionError: it is not what its manifest says.
     """
     manifest = read_manifest(state_dict_path)
-    cache = _folder_of(state_dict_path, manifest.crc32c, cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            return _fetch(state_dict_path, manifest, dtype, cache_dir)
+        except (FileNotFoundError, ValueError):
+            there = read_manifest(state_dict_path)
+            if there.version == manifest.version:
+                raise
+            manifest = there  # it was replaced while it was being fetched
+
+
+def _fetch(
+    state_dict_path: str, manifest: Manifest, dtype: torch.dtype | None, cache_dir: str | Path | None
+) -> LocalStateDict:
+    cache = private_folder(_folder_of(state_dict_path, manifest.crc32c, cache_dir))
     convert = dtype is not None and manifest.dtype != dtype_name(dtype)
     with FileLock(cache / "lock", timeout=LOCK_SECONDS):
-        in_cloud = storage.is_cloud(state_dict_path)
-        folder = cache / "model" if in_cloud else Path(companion_folder(state_dict_path))
-        if in_cloud:
-            _download_companions(state_dict_path, manifest, folder)
+        folder = cache / f"model-{manifest.version}"
+        _fetch_companions(state_dict_path, manifest, folder)
         converted = cache / f"{dtype_name(dtype)}.pt"
-        if convert and converted.is_file():
-            return LocalStateDict(converted, folder, manifest)
+        if convert and _is_as_made(converted):
+            return _local(converted, folder, manifest)
+        in_cloud = storage.is_cloud(state_dict_path)
         file = cache / "model.pt" if in_cloud else Path(state_dict_path)
         if in_cloud and not file.is_file():
             _download(state_dict_path, file, manifest.bytes)
@@ -93,10 +114,15 @@ def fetch(
             raise
         if convert:
             _convert(file, converted, dtype)
+            _stamp_file(converted).write_text(_stamp(converted))
             if in_cloud:
                 file.unlink()  # the disk of a worker is paid for, and this copy has served its purpose
             file = converted
-    return LocalStateDict(file, folder, manifest)
+        return _local(file, folder, manifest)
+
+
+def _local(file: Path, folder: Path, manifest: Manifest) -> LocalStateDict:
+    return LocalStateDict(file, folder, manifest, _stamp(file))
 
 
 def drop_older_copies(state_dict_path: str, crc32c: str, cache_dir: str | Path | None = None) -> None:
@@ -128,11 +154,14 @@ def _hex(crc32c: str) -> str:
     return base64.b64decode(crc32c).hex()
 
 
-def _download_companions(state_dict_path: str, manifest: Manifest, folder: Path) -> None:
+def _fetch_companions(state_dict_path: str, manifest: Manifest, folder: Path) -> None:
+    """Copies what stands beside a state dict, so that it stays as it was checked."""
+    folder.mkdir(exist_ok=True)
     for name in manifest.files:
         file = inside(folder, name)
         if not file.is_file():
-            storage.download(f"{companion_folder(state_dict_path)}/{name}", file)
+            with whole_or_absent(file) as copy:
+                copy.write(read_companion(state_dict_path, manifest, name))
 
 
 def _download(state_dict_path: str, file: Path, size: int) -> None:
@@ -166,7 +195,7 @@ def _check(file: Path, manifest: Manifest, checked: Path) -> None:
             f"{file} is damaged: it has {status.st_size} bytes, but its manifest says {manifest.bytes}. "
             "Make it again with `python -m helpers.load_state_dict`."
         )
-    stamp = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    stamp = f"{file.resolve()} {_stamp(file)}"
     if checked.is_file() and checked.read_text() == stamp:
         return
     if crc32c_of(file) != manifest.crc32c:
@@ -175,6 +204,24 @@ def _check(file: Path, manifest: Manifest, checked: Path) -> None:
             "`python -m helpers.load_state_dict`."
         )
     checked.write_text(stamp)
+
+
+def _stamp(file: Path) -> str:
+    """Changes when a file is written to, and when another takes its place."""
+    status = file.stat()
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def _stamp_file(converted: Path) -> Path:
+    return converted.with_name(f"{converted.name}.made")
+
+
+def _is_as_made(converted: Path) -> bool:
+    """Whether a converted copy is there, and is the file that this user's conversion left behind."""
+    try:
+        return _stamp_file(converted).read_text() == _stamp(converted)
+    except FileNotFoundError:
+        return False
 
 
 def _convert(file: Path, target: Path, dtype: torch.dtype) -> None:

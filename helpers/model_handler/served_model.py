@@ -14,7 +14,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from helpers.load_state_dict.manifest import read_manifest
+from helpers.load_state_dict.manifest import Manifest, read_manifest
 from helpers.model_handler.language_model import LanguageModel, OtherModelError
 from helpers.model_handler.local_state_dict import drop_older_copies, fetch
 from helpers.model_handler.model_loading import choose_device, choose_dtype, load_model
@@ -38,25 +38,30 @@ class ModelSource:
     dtype: str | None = None
     cache_dir: str | None = None
 
-    def load(self) -> tuple[LanguageModel, str]:
-        """Loads the model; returns it, and the checksum of the state dict that it was loaded from.
+    def load(self) -> tuple[LanguageModel, Manifest]:
+        """Loads the model; returns it, and the manifest of the state dict that it was loaded from.
 
         Raises:
             FileNotFoundError, PermissionError: the state dict cannot be read.
             WrongModelError: it was made from another model.
-            LoadError, ModelError: it is damaged, its model is of no use here, or the device is not there.
+            CacheError, CompanionError, LoadError, ModelError: it is damaged, its model is of no use here, or
+                the device is not there.
         """
         device = choose_device(self.device)
         dtype, reason = choose_dtype(device, self.dtype)
         log.info("Computing on %s in %s: %s", device, dtype_name(dtype), reason)
         # Before anything is fetched: another model's weights are of no use.
         read_manifest(self.state_dict_path).check_model(self.state_dict_path, self.model_name)
-        state_dict = fetch(self.state_dict_path, dtype, self.cache_dir)
+        while True:
+            state_dict = fetch(self.state_dict_path, dtype, self.cache_dir)
+            started = time.monotonic()
+            model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
+            if state_dict.is_there():
+                break
+            del model  # the weights of another version, with this one's tokenizer
         made_from = state_dict.manifest.model_name
-        started = time.monotonic()
-        model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
         log.info("Loaded %s in %.2f s", made_from, time.monotonic() - started)
-        return LanguageModel(model, tokenizer, made_from), state_dict.manifest.crc32c
+        return LanguageModel(model, tokenizer, made_from), state_dict.manifest
 
 
 class _Served:
@@ -64,8 +69,8 @@ class _Served:
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
-        self.language_model, self._checksum = source.load()
-        self._refused = ""
+        self.language_model, manifest = source.load()
+        self._version, self._refused = manifest.version, ""
         self.is_watched = False
         _count_load()
 
@@ -77,20 +82,19 @@ class _Served:
         """
         path = self._source.state_dict_path
         try:
-            there = read_manifest(path).crc32c
-            if there in (self._checksum, self._refused):
+            if read_manifest(path).version in (self._version, self._refused):
                 return
-            new, checksum = self._source.load()
+            new, manifest = self._source.load()
             try:
                 self.language_model.take_over(new)
             except OtherModelError:
                 if self.is_watched:
-                    self._refused = checksum  # it would be loaded again at each look
+                    self._refused = manifest.version  # it would be loaded again at each look
                     raise
                 self.language_model = new
-            self._checksum = checksum
+            self._version = manifest.version
             _count_load()
-            drop_older_copies(path, checksum, self._source.cache_dir)
+            drop_older_copies(path, manifest.crc32c, self._source.cache_dir)
             log.info("Took up the new state dict at %s", path)
         except Exception as error:  # the old model goes on; the next check may find a whole file
             log.error("The new state dict at %s cannot be used: %s", path, error)
