@@ -22,6 +22,7 @@ from google.cloud import pubsub_v1, storage
 from google.protobuf import field_mask_pb2, struct_pb2
 
 from helpers.local_cloud.dataflow.dataflow_worker import graph
+from helpers.local_cloud.dataflow.dataflow_worker.messages import LEASE_SECONDS
 
 REGION = "us-central1"
 BUCKET = "dataflow-test"
@@ -368,6 +369,56 @@ def test_a_windowed_sum_of_a_topic_is_complete_when_the_job_is_drained(jobs, pub
         total[text[0]] += int(text[1:])
     assert total == {"a": 150, "b": 50}
     assert own not in pubsub.subscriptions()
+
+
+def buffering(source, responses, build_buffer):
+    """A pipeline whose messages wait in its state before they are published."""
+
+    def build(pipeline):
+        _ = (
+            pipeline
+            | beam.io.ReadFromPubSub(subscription=source)
+            | beam.Map(lambda text: (text[:1], text))
+            | "Wait" >> build_buffer()
+            | "Write" >> beam.io.WriteToPubSub(responses)
+        )
+
+    return build
+
+
+class InBatches(beam.PTransform):
+    """Batches of ten, or what has come in an hour."""
+
+    def expand(self, pairs):
+        batches = pairs | beam.GroupIntoBatches(10, max_buffering_duration_secs=3600)
+        return batches | "Apart" >> beam.FlatMap(lambda pair: pair[1])
+
+
+class InWindows(beam.PTransform):
+    def expand(self, pairs):
+        windowed = pairs | beam.WindowInto(beam.window.Sessions(3600)) | beam.GroupByKey()
+        return windowed | "Apart" >> beam.FlatMap(lambda pair: pair[1])
+
+
+@pytest.mark.parametrize("buffer", [InBatches, InWindows])
+def test_what_waits_in_a_pipelines_state_is_not_acknowledged_and_survives_the_worker(
+    buffer, cloud, jobs, pubsub
+):
+    prompts, source = pubsub.make("prompts")
+    responses, answers = pubsub.make("responses")
+    job_id = jobs.submit(buffering(source, responses, buffer)).job_id()
+    jobs.wait_for(job_id, "RUNNING")
+    texts = [f"{'ab'[n % 2]}{n}".encode() for n in range(27)]  # 14 of one key, 13 of the other
+    pubsub.publish(prompts, [text.decode() for text in texts])
+    early = {m.data for m in pubsub.collect(answers, 20, seconds=60 if buffer is InBatches else 5)}
+    assert len(early) == (20 if buffer is InBatches else 0)
+    (pid,) = worker_pids(cloud)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: worker_pids(cloud) not in ([], [pid]))
+    time.sleep(LEASE_SECONDS)  # until the messages of the killed worker come again
+    jobs.drain(job_id)
+    late = {m.data for m in pubsub.collect_rest(answers)} | {m.data for m in pubsub.collect_rest(source)}
+    assert early | late == set(texts)
 
 
 def test_an_update_puts_new_code_in_the_old_ones_place_and_loses_nothing(jobs, pubsub):

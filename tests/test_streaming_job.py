@@ -9,6 +9,7 @@ from collections import Counter
 import psutil
 import pytest
 from conftest import wait_until
+from google.pubsub_v1 import PublisherClient, types
 from tiny_models import save_checkpoint
 
 from helpers import dataflow, pubsub
@@ -17,8 +18,11 @@ from helpers.load_state_dict import convert
 
 
 @pytest.fixture
-def stream(cloud, bucket, tmp_path):
-    """A running job with a tiny model, and the paths of its topics and subscriptions by name."""
+def stream(request, cloud, bucket, tmp_path):
+    """A running job with a tiny model, and the paths of its topics and subscriptions by name.
+
+    A test may give it more arguments for the job, as an indirect parameter.
+    """
     checkpoint = tmp_path / "llama"
     save_checkpoint("llama", checkpoint)
     path = f"gs://{bucket.name}/run-inference/tiny.pt"
@@ -27,7 +31,9 @@ def stream(cloud, bucket, tmp_path):
     paths = {}
     for name in ("messages", "responses", "dead-letters"):
         paths[name] = pubsub.create_topic(cloud.project, f"{name}-{run}")
-        paths[f"{name}-subscription"] = pubsub.create_subscription(paths[name], f"{name}-{run}")
+        paths[f"{name}-subscription"] = pubsub.create_subscription(
+            paths[name], f"{name}-{run}", ack_deadline_seconds=10
+        )
     job = dataflow.submit(
         project=cloud.project,
         location="us-central1",
@@ -41,6 +47,7 @@ def stream(cloud, bucket, tmp_path):
         max_response_tokens=2,
         max_prompt_tokens=64,
         max_run_minutes=15,
+        **getattr(request, "param", {}),
     )
     try:
         job.wait_for("RUNNING", timeout=120)
@@ -70,10 +77,16 @@ def collect_ids(subscription: str, wanted: int, seconds: float) -> Counter:
     return ids
 
 
+waiting_or_not = pytest.mark.parametrize(
+    "stream", [{}, {"max_batch_seconds": 4}], ids=["at once", "waiting for a batch"], indirect=True
+)
+
+
+@waiting_or_not
 def test_a_worker_that_is_killed_in_mid_stream_loses_no_prompt(cloud, stream):
     job, paths = stream
     ids = pubsub.publish(paths["messages"], [f"prompt {n}" for n in range(500)])
-    first = collect_ids(paths["responses-subscription"], 20, seconds=120)
+    first = collect_ids(paths["responses-subscription"], 1, seconds=120)
     assert len(first) < 500, "the worker is to be killed in mid-stream"
     killed = worker(cloud)
     os.kill(killed.pid, signal.SIGKILL)
@@ -130,3 +143,63 @@ def test_ten_thousand_messages_one_in_twenty_bad_are_all_accounted_for(cloud, st
     # torch's allocator has what it needs after the first few thousand. What the local worker's runner, made
     # afresh for each batch, keeps on top of that levels off after some more.
     assert memory[-1] < memory[2] * 1.1
+
+
+# Names of a client's own arguments, and what looks like them.
+SUSPICIOUS = (
+    "topic",
+    "data",
+    "ordering_key",
+    "self",
+    "retry",
+    "timeout",
+    "messages",
+    "request",
+    "publish_time",
+)
+
+
+@pytest.mark.slow
+@waiting_or_not
+def test_ten_thousand_messages_under_five_kills_are_all_accounted_for(cloud, stream, capsys):
+    job, paths = stream
+    bad, kinds, publisher = list(BAD), {}, PublisherClient()
+    answered, rejected, began, kills = Counter(), Counter(), time.monotonic(), 0
+
+    def collect(wanted: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while len(answered) + len(rejected) < wanted and time.monotonic() < deadline:
+            for name, counter in (("responses", answered), ("dead-letters", rejected)):
+                found = pubsub.collect(paths[f"{name}-subscription"], 500, timeout=2)
+                counter.update(message.attributes["prompt_message_id"] for message in found)
+
+    for part in range(10):
+        data = [
+            bad[n // 20 % 3] if n % 20 == 0 else f"prompt {n}".encode()
+            for n in range(part * 1000, (part + 1) * 1000)
+        ]
+        messages = [
+            types.PubsubMessage(
+                data=one, attributes={SUSPICIOUS[n % len(SUSPICIOUS)]: "x"} if n % 7 == 0 else {}
+            )
+            for n, one in enumerate(data)
+        ]
+        published = publisher.publish(topic=paths["messages"], messages=messages).message_ids
+        kinds.update(zip(published, data, strict=True))
+        if part % 2:
+            collect(len(kinds) - 600, 120)  # so that it is killed while it is at work
+            os.kill(worker(cloud).pid, signal.SIGKILL)
+            kills += 1
+        collect(len(kinds) - 600, 120)
+    collect(len(kinds), 240)
+    with capsys.disabled():
+        repeated = sum(answered.values()) + sum(rejected.values()) - len(kinds)
+        print(
+            f"\n{kills} kills, {len(kinds) - len(answered) - len(rejected)} of {len(kinds)} messages lost, "
+            f"{repeated} answered more than once, {time.monotonic() - began:.0f} s"
+        )
+    assert kills == 5
+    assert set(answered) == {one for one, text in kinds.items() if text not in BAD}
+    assert set(rejected) == {one for one, text in kinds.items() if text in BAD}
+    assert job.drain(timeout=60) == "DRAINED"
+    assert pubsub.collect(paths["messages-subscription"], 1, timeout=2) == [], "nothing is left behind"
