@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import multiprocessing
 import os
+import time
 import uuid
 
 import google_crc32c
@@ -12,7 +13,7 @@ import pytest
 from google.api_core import exceptions
 from google.cloud.storage import Blob, transfer_manager
 
-from helpers.local_cloud.cloud_storage.listing import glob_pattern
+from helpers.local_cloud.cloud_storage.glob import Glob
 from helpers.local_cloud.cloud_storage.object_store import ObjectStore
 from helpers.local_cloud.cloud_storage.preconditions import Preconditions
 from helpers.local_cloud.front.http_server import HttpError
@@ -459,7 +460,7 @@ def test_what_would_protect_an_object_is_refused_not_ignored(http, bucket):
     bucket.blob("held").upload_from_string("content")
     url = f"{API}/storage/v1/b/{bucket.name}/o/held"
     assert http.patch(url, json={"temporaryHold": True}).status_code == 501
-    with pytest.raises(exceptions.MethodNotImplemented, match="Encryption keys"):
+    with pytest.raises(exceptions.MethodNotImplemented, match="Encryption-Algorithm is not imitated"):
         Blob("secret", bucket, encryption_key=b"k" * 32).upload_from_string("content")
     assert names(bucket.list_blobs()) == ["held"]
 
@@ -586,12 +587,25 @@ def test_listing_by_glob(tree):
         (r"\*\[", ["*["], ["x["]),
         ("a.b+c", ["a.b+c"], ["axbbc"]),
         ("a,b}", ["a,b}"], ["a"]),
+        ("**/foobar", ["foobar", "foo/foobar", "a/b/foobar"], ["xfoobar", "foo/xfoobar"]),
+        ("a/**/b", ["a/b", "a/x/b"], ["ab", "a/xb"]),
+        ("foo**bar", ["foobar", "foo/bar"], ["foo/ba"]),
+        ("{,a}b", ["b", "ab"], ["aab"]),
+        ("{a{b,c},d}", ["ab", "ac", "d"], ["a", "abd"]),
+        ("[!a-y]", ["z"], ["a", "/"]),
     ],
 )
 def test_glob_patterns(glob, matches, others):
-    pattern = glob_pattern(glob)
-    assert [name for name in matches if not pattern.fullmatch(name)] == []
-    assert [name for name in others if pattern.fullmatch(name)] == []
+    pattern = Glob(glob)
+    assert [name for name in matches if not pattern.matches(name)] == []
+    assert [name for name in others if pattern.matches(name)] == []
+
+
+@pytest.mark.parametrize("glob", ["**a" * 25 + "**b", "{*,**}" * 50 + "b", "?" * 500 + "b", "*a" * 200 + "b"])
+def test_no_glob_takes_long(glob):
+    started = time.monotonic()
+    assert not Glob(glob).matches("a" * 900)
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,8 @@ from .preconditions import Preconditions
 MULTI_REGIONS = ("US", "EU", "ASIA")
 READ_ONLY = ("kind", "id", "name", "selfLink", "projectNumber", "locationType", "metageneration", "etag")
 READ_ONLY += ("timeCreated", "updated")
-# Settings that would change what happens to objects, but are not imitated, are refused rather than ignored.
-REFUSED = {
-    "versioning": lambda value: value.get("enabled"),
-    "retentionPolicy": lambda value: value.get("retentionPeriod"),
-    "hierarchicalNamespace": lambda value: value.get("enabled"),
-}
+# The types of what a client may set; every other is an object.
+TEXTS, LISTS = ("name", "location", "storageClass", "rpo"), ("cors", "acl", "defaultObjectAcl")
 
 
 class BucketStore:
@@ -56,11 +52,23 @@ class BucketStore:
         return self._scratch.path / uuid.uuid4().hex
 
     def write_json(self, path: Path, content: dict) -> None:
-        """Writes a file in one step, so that no reader sees a part of it."""
+        """Writes a file in one step, so that no reader sees a part of it. Raises OSError."""
+        with self.new_json(path, content) as new:
+            os.replace(new, path)
+
+    @contextlib.contextmanager
+    def new_json(self, path: Path, content: dict) -> Iterator[Path]:
+        """A file that only needs to be moved to `path`; it is removed if that does not happen."""
         path.parent.mkdir(exist_ok=True)
         new = self.new_file()
-        new.write_text(json.dumps(content))
-        os.replace(new, path)
+        try:
+            with new.open("w") as file:
+                file.write(json.dumps(content))
+                file.flush()
+                os.fsync(file.fileno())
+            yield new
+        finally:
+            new.unlink(missing_ok=True)
 
     def folder(self, bucket: str) -> Path:
         """The folder of a bucket, which need not exist."""
@@ -93,14 +101,18 @@ class BucketStore:
     def create(self, fields: dict) -> dict:
         """Makes a bucket from the resource that a client sent."""
         bucket = check_bucket_name(str(fields.get("name", "")))
-        _refuse(fields)
+        _check_types(fields)
         now = timestamp()
         with self.locked(bucket):
             if self.folder(bucket).exists():
                 raise HttpError(409, f"The bucket {bucket} already exists, and you own it.", "conflict")
             self.folder(bucket).mkdir()
             resource = _defaults(bucket, now)
-            return self._write(bucket, resource | {k: v for k, v in fields.items() if k not in READ_ONLY})
+            try:
+                return self._write(bucket, resource | {k: v for k, v in fields.items() if k not in READ_ONLY})
+            except OSError:
+                self.folder(bucket).rmdir()
+                raise
 
     def update(self, bucket: str, change: Callable[[dict], None], conditions: Preconditions) -> dict:
         """Changes the bucket's resource in place, and increments its metageneration."""
@@ -109,7 +121,7 @@ class BucketStore:
             conditions.check(resource)
             created = resource["timeCreated"]
             change(resource)
-            _refuse(resource)
+            _check_types(resource)
             resource = _defaults(bucket, created) | resource
             resource["metageneration"] = str(int(resource["metageneration"]) + 1)
             resource["updated"] = timestamp()
@@ -142,6 +154,8 @@ class BucketStore:
                 raise HttpError(
                     412, "The policy has changed since it was read: read it again.", "conditionNotMet"
                 )
+            if not isinstance(policy.get("bindings", []), list):
+                raise HttpError(400, "Invalid value for bindings: not a list.", "invalid")
             policy = {"kind": "storage#policy", "version": 1} | policy | {"etag": etag(uuid.uuid4().hex)}
             self.write_json(self._policy_file(bucket), policy)
         return policy
@@ -183,10 +197,14 @@ def _defaults(bucket: str, created: str) -> dict:
     }
 
 
-def _refuse(fields: dict) -> None:
-    for name, asks in REFUSED.items():
-        if fields.get(name) and asks(fields[name]):
-            raise HttpError(501, f"A bucket's {name} is not imitated by the local cloud.", "notImplemented")
+def _check_types(fields: dict) -> None:
+    for name, value in fields.items():
+        if name in READ_ONLY or value is None or isinstance(value, bool):
+            continue
+        wanted = str if name in TEXTS else list if name in LISTS else dict
+        is_wrong = not isinstance(value, wanted)
+        if is_wrong or (name == "labels" and not all(isinstance(label, str) for label in value.values())):
+            raise HttpError(400, f"Invalid value for {name}: {str(value)[:100]!r}.", "invalid")
 
 
 def _remove_empty(folder: Path) -> bool:

@@ -1,12 +1,12 @@
 """One page of a bucket's listing: https://cloud.google.com/storage/docs/json_api/v1/objects/list"""
 
 import base64
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
-from ..front.http_server import HttpError, Request
+from ..front.http_server import HttpError, Request, natural
+from .glob import Glob
 
 MAX_PAGE = 1000
 
@@ -31,9 +31,10 @@ class Listing:
     delimiter: str = ""
     start: str = ""
     end: str = ""
-    glob: re.Pattern | None = None
+    glob: Glob | None = None
     after: str = ""
     limit: int = MAX_PAGE
+    with_trailing: bool = False  # whether what ends with the first delimiter is listed as an object too
 
     @classmethod
     def of_request(cls, request: Request) -> Self:
@@ -42,24 +43,22 @@ class Listing:
         glob, delimiter = query.get("matchGlob"), query.get("delimiter", "")
         if glob and delimiter not in ("", "/"):
             raise HttpError(400, "With matchGlob, the delimiter must be '/' or absent.", "invalidParameter")
-        for name in ("includeTrailingDelimiter", "softDeleted"):
-            if query.get(name) == "true":
-                raise HttpError(501, f"{name} is not imitated by the local cloud.", "notImplemented")
         return cls(
             prefix=query.get("prefix", ""),
             delimiter=delimiter,
             start=query.get("startOffset", ""),
             end=query.get("endOffset", ""),
-            glob=glob_pattern(glob) if glob else None,
+            glob=Glob(glob) if glob else None,
             after=decode_token(query.get("pageToken", "")),
             limit=page_size(request),
+            with_trailing=query.get("includeTrailingDelimiter", "").lower() == "true",
         )
 
     def page(self, names: Iterable[str]) -> Page:
         """The page, taken from names that are sorted and begin with the prefix."""
         page, last = Page(), self.after
         for name in names:
-            if name < self.start or (self.glob and not self.glob.fullmatch(name)):
+            if name < self.start or (self.glob and not self.glob.matches(name)):
                 continue
             if self.end and name >= self.end:
                 break
@@ -73,16 +72,16 @@ class Listing:
                 page.next_token = encode_token(last)
                 break
             (page.names if at < 0 else page.prefixes).append(entry)
+            if at >= 0 and entry == name and self.with_trailing:
+                page.names.append(name)
             last = entry
         return page
 
 
 def page_size(request: Request) -> int:
     """The request's maxResults, at most 1000."""
-    value = request.query.get("maxResults", str(MAX_PAGE))
-    if not value.isdecimal():
-        raise HttpError(400, f"Invalid value for maxResults: '{value}'.", "invalidParameter")
-    return min(int(value) or MAX_PAGE, MAX_PAGE)
+    value = natural(request.query.get("maxResults", str(MAX_PAGE)), "maxResults")
+    return min(value or MAX_PAGE, MAX_PAGE)
 
 
 def encode_token(last: str) -> str:
@@ -96,30 +95,3 @@ def decode_token(token: str) -> str:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except ValueError:
         raise HttpError(400, f"Invalid page token: '{token}'.", "invalidParameter") from None
-
-
-def glob_pattern(glob: str) -> re.Pattern:
-    """A matchGlob as a regular expression.
-
-    `*` and `?` stop at '/', `**` does not; [a-z], [!a-z] and {a,b} are choices; a backslash escapes."""
-    pattern, depth = "", 0
-    tokens = re.compile(r"\\.|\*\*|\[[!^]?\]?[^\]]*\]|.", re.DOTALL)
-    simple = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
-    for token in tokens.findall(glob):
-        if token in simple:
-            pattern += simple[token]
-        elif len(token) > 1 and token[0] == "[":
-            negated = token[1] in "!^"
-            inside = token[2 if negated else 1 : -1].replace("\\", r"\\").replace("[", r"\[")
-            pattern += f"(?!/)[{'^' if negated else ''}{inside}]"
-        elif token == "{":
-            pattern, depth = pattern + "(?:", depth + 1
-        elif depth and token in ",}":
-            pattern += "|" if token == "," else ")"
-            depth -= token == "}"
-        else:
-            pattern += re.escape(token[-1])
-    try:
-        return re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise HttpError(400, f"Invalid matchGlob '{glob}': {error}.", "invalidParameter") from None

@@ -6,6 +6,7 @@ have their bytes in another folder under a single file name (bucket_store.py dra
 case-insensitive file system, names that differ only in case are one object.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -81,8 +82,11 @@ class ObjectStore:
         """Makes the partial object the live one, in one step, and returns its resource.
 
         fields: what the client says about it: the writable fields of an object's resource.
+
+        Raises OSError when the disk is full; the object that was there before still is.
         """
         own = resources.writable(fields)
+        partial.finish()
         if conditions != NO_CONDITIONS:
             self.find(bucket, name)
         with self.buckets.locked(bucket):
@@ -90,10 +94,42 @@ class ObjectStore:
             if conditions != NO_CONDITIONS:
                 conditions.check(self._live(bucket, name))
             generation = self._next_generation(bucket, name, _now())
-            path = self._place(bucket, name, partial.path)
             resource = resources.new(bucket, name, generation, partial, own)
-            self._write_record(bucket, resource, path)
+            record = {"resource": resource, "file": _signature(partial.path.stat())}
+            record_path = self._record_path(bucket, name)
+            # All that needs room on the disk is written before anything that is there is touched.
+            with self.buckets.new_json(record_path, record) as new, self._kept(bucket, name) as put_back:
+                try:
+                    self._place(bucket, name, partial.path)
+                    os.replace(new, record_path)
+                except OSError:
+                    put_back()
+                    raise
         return resource
+
+    @contextlib.contextmanager
+    def _kept(self, bucket: str, name: str) -> Iterator[Callable[[], None]]:
+        """Keeps the object that is there, if any, under a second name; yields what puts it back."""
+        try:
+            path = self._path(bucket, name)
+        except FileNotFoundError:
+            path = None
+        second = self.buckets.new_file()
+        try:
+            if path:
+                with contextlib.suppress(OSError):  # a file system without hard links
+                    os.link(path, second)
+
+            def put_back() -> None:
+                if second.exists():
+                    os.replace(second, path)
+                elif not path:
+                    for place in self._places(bucket, name):
+                        place.is_file() and place.unlink()
+
+            yield put_back
+        finally:
+            second.unlink(missing_ok=True)
 
     def update(
         self,

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -68,19 +69,31 @@ class PartialObject(Checksums):
         path.touch(exist_ok=False)
 
     def append(self, chunks: Iterable[bytes]) -> None:
-        """Adds bytes at the end. What had arrived before an exception in `chunks` stays."""
-        with self.path.open("ab", buffering=0) as file:
+        """Adds bytes at the end. What had arrived before an exception in `chunks` stays.
+
+        Raises OSError when the disk is full; what of the last chunk was written does not count.
+        """
+        with self.path.open("r+b", buffering=0) as file:
             for chunk in chunks:
-                file.write(chunk)
+                file.seek(self.size)
+                left = memoryview(chunk)
+                while left:  # one call may write a part only
+                    left = left[file.write(left) :]
                 self.update(chunk)
 
     def copy(self, source: BinaryIO, resource: dict) -> None:
-        """Takes over a whole object, whose checksums are known."""
+        """Takes over a whole object, whose checksums are known. Raises OSError when the disk is full."""
         with self.path.open("wb") as file:
             shutil.copyfileobj(source, file, CHUNK_BYTES)
             self.size = file.tell()
         self._known = resource["crc32c"], resource.get("md5Hash")
         self.components = resource.get("componentCount", 0)
+
+    def finish(self) -> None:
+        """Has the system write it all out, so that it is safe to say that it is there. Raises OSError."""
+        with self.path.open("r+b") as file:
+            file.truncate(self.size)
+            os.fsync(file.fileno())
 
     def discard(self) -> None:
         """Removes the file, if it was not put in place."""

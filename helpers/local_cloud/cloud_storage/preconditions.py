@@ -2,9 +2,9 @@
 https://cloud.google.com/storage/docs/request-preconditions"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..front.http_server import HttpError
+from ..front.http_server import HttpError, Request, natural
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,17 @@ class Preconditions:
     not_generation: int | None = None
     metageneration: int | None = None
     not_metageneration: int | None = None
+    etags: tuple[str, ...] | None = None
+    not_etags: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> "Preconditions":
+        """From a JSON API request: its query, and the entity tags in its headers."""
+        return replace(
+            cls.of_query(request.query),
+            etags=_etags(request.headers.get("If-Match")),
+            not_etags=_etags(request.headers.get("If-None-Match")),
+        )
 
     @classmethod
     def of_query(cls, query: Mapping[str, str], prefix: str = "if") -> "Preconditions":
@@ -30,7 +41,12 @@ class Preconditions:
         """From the headers of an XML API request, which has only the positive conditions."""
         names = ("x-goog-if-generation-match", "x-goog-if-metageneration-match")
         generation, metageneration = (_number(headers.get(name), name) for name in names)
-        return cls(generation=generation, metageneration=metageneration)
+        return cls(
+            generation=generation,
+            metageneration=metageneration,
+            etags=_etags(headers.get("If-Match")),
+            not_etags=_etags(headers.get("If-None-Match")),
+        )
 
     def check(self, resource: dict | None, reading: bool = False) -> None:
         """Raises HttpError when they do not hold for a resource (None: it does not exist).
@@ -44,6 +60,11 @@ class Preconditions:
             raise _failed(412)
         if self.not_generation == generation or (resource and self.not_metageneration == metageneration):
             raise _failed(304 if reading else 412)
+        etag = resource["etag"] if resource else None
+        if self.etags is not None and not _matches(etag, self.etags):
+            raise _failed(412)
+        if self.not_etags is not None and _matches(etag, self.not_etags):
+            raise _failed(304 if reading else 412)
 
 
 def _failed(status: int) -> HttpError:
@@ -53,10 +74,15 @@ def _failed(status: int) -> HttpError:
 
 
 def _number(value: str | None, name: str) -> int | None:
-    if value is None:
+    return None if value is None else natural(value, name)
+
+
+def _etags(header: str | None) -> tuple[str, ...] | None:
+    """The entity tags of an If-Match or If-None-Match header; None if there is none."""
+    if header is None:
         return None
-    if not value.isdecimal():
-        raise HttpError(
-            400, f"Invalid value for {name}: '{value}' is not a whole number.", "invalidParameter"
-        )
-    return int(value)
+    return tuple(part.strip().removeprefix("W/").strip('"') for part in header.split(","))
+
+
+def _matches(etag: str | None, wanted: tuple[str, ...]) -> bool:
+    return etag is not None and ("*" in wanted or etag in wanted)

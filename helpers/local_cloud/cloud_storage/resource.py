@@ -20,8 +20,6 @@ TEXT_FIELDS = (
     "customTime",
     "storageClass",
 )
-# Fields that would keep an object from being changed, but are not imitated, are refused rather than ignored.
-REFUSED_FIELDS = ("eventBasedHold", "temporaryHold", "retention", "kmsKeyName")
 
 
 def new(bucket: str, name: str, generation: int, content: Checksums, own: dict) -> dict:
@@ -74,11 +72,8 @@ def changed(resource: dict, change: Callable[[dict], dict]) -> dict:
 def writable(fields: dict) -> dict:
     """Those of the fields sent by a client that it may set.
 
-    Raises HttpError 400 for a wrong value, 501 for a refused one.
+    Raises HttpError 400 for a wrong value.
     """
-    for name in REFUSED_FIELDS:
-        if fields.get(name):
-            raise HttpError(501, f"An object's {name} is not imitated by the local cloud.", "notImplemented")
     own = {}
     for name in TEXT_FIELDS:
         if (value := fields.get(name)) is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..front.http_server import HttpError, Request, Response, Router
-from .downloads import refuse_encryption
+from .fields import body, check_body, checked
 from .multipart import related_parts
 from .names import check_object_name
 from .object_store import ObjectStore
@@ -49,10 +49,9 @@ class Uploads:
     def routes(self, router: Router) -> None:
         """Adds the upload paths."""
         for path in ("/upload/storage/v1/b/{bucket}/o", "/resumable/upload/storage/v1/b/{bucket}/o"):
-            router.route("POST PUT DELETE", path)(self._upload)
+            router.route("POST PUT DELETE", path)(checked("objects.insert", self._upload))
 
     def _upload(self, request: Request, bucket: str) -> dict | Response:
-        refuse_encryption(request)
         if session_id := request.query.get("upload_id"):
             return self._continue(request, bucket, session_id)
         kind = request.query.get("uploadType")
@@ -66,6 +65,7 @@ class Uploads:
             chunks = request.chunks()
         else:
             fields, content_type, chunks = related_parts(request)
+            check_body(fields, "objects.insert")
             fields.setdefault("contentType", content_type)
         content = self._store.partial()
         try:
@@ -75,16 +75,16 @@ class Uploads:
             content.discard()
 
     def _finish(self, bucket: str, name: str, content: PartialObject, fields: dict, request: Request) -> dict:
-        content.check(fields.get("crc32c"), fields.get("md5Hash"))
-        return self._store.put(bucket, name, content, fields, Preconditions.of_query(request.query))
+        _check(content, fields, request)
+        return self._store.put(bucket, name, content, fields, Preconditions.of(request))
 
     # Resumable
 
     def _begin(self, request: Request, bucket: str) -> Response:
-        fields = request.json()
+        fields = body(request, "objects.insert")
         fields.setdefault("contentType", request.headers.get("X-Upload-Content-Type"))
         name = _name(request, fields)
-        conditions = Preconditions.of_query(request.query)
+        conditions = Preconditions.of(request)
         if conditions != Preconditions():
             conditions.check(self._store.find(bucket, name))
         session = Session(bucket, name, _described(request, fields), conditions, self._store.partial())
@@ -122,9 +122,8 @@ class Uploads:
             return self._complete(request, session)
 
     def _complete(self, request: Request, session: Session) -> dict:
-        fields = _described(request, session.fields)
         try:
-            session.content.check(fields.get("crc32c"), fields.get("md5Hash"))
+            _check(session.content, session.fields, request)
             session.resource = self._store.put(
                 session.bucket, session.name, session.content, fields, session.conditions
             )
@@ -146,7 +145,7 @@ def _receive(request: Request, content: PartialObject) -> int | None:
     if header is None:  # the body is the whole
         content.append(_unknown(request.chunks(), content.size))
         return content.size
-    match = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", header.strip())
+    match = re.fullmatch(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18}|\*)", header.strip())
     if not match:
         raise HttpError(400, f"Invalid Content-Range: {header}", "invalid")
     first, last, total = (None if text in (None, "*") else int(text) for text in match.groups())
@@ -178,13 +177,18 @@ def _name(request: Request, fields: dict) -> str:
 
 
 def _described(request: Request, fields: dict) -> dict:
-    """The fields, with the checksums of the X-Goog-Hash headers and the encoding of the query."""
+    """The fields, with the encoding that the query names."""
     fields = dict(fields)
     if encoding := request.query.get("contentEncoding"):
         fields.setdefault("contentEncoding", encoding)
-    return fields | {
-        {"crc32c": "crc32c", "md5": "md5Hash"}[name]: value for name, value in sent_hashes(request).items()
-    }
+    return fields
+
+
+def _check(content: PartialObject, fields: dict, request: Request) -> None:
+    """Raises HttpError 400 if what arrived has another checksum than the fields or the headers say."""
+    content.check(fields.get("crc32c"), fields.get("md5Hash"))
+    sent = sent_hashes(request)
+    content.check(sent.get("crc32c"), sent.get("md5"))
 
 
 def sent_hashes(request: Request) -> dict[str, str]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from ..front.http_server import HttpError, Request, Response, Router
-from .downloads import media, refuse_encryption
+from ..front.http_server import HttpError, MalformedError, Request, Response, Router
+from .downloads import media
+from .fields import QUERIES, check_headers, check_query
 from .names import check_object_name
 from .object_store import ObjectStore
 from .partial_object import PartialObject, read_chunks
@@ -55,22 +56,20 @@ class XmlApi:
         """Adds the paths, which match almost anything: call this last."""
         add = router.route
         path = "/{bucket}/{name:path}"
-        add("GET HEAD", path, HOST)(_in_xml(self._get))
-        add("PUT", path, HOST)(_in_xml(self._put))
-        add("POST", path, HOST)(_in_xml(self._post))
-        add("DELETE", path, HOST)(_in_xml(self._delete))
+        for methods, handler in (
+            ("GET HEAD", self._get),
+            ("PUT", self._put),
+            ("POST", self._post),
+            ("DELETE", self._delete),
+        ):
+            add(methods, path, HOST)(_in_xml(handler))
 
     def _get(self, request: Request, bucket: str, name: str) -> Response:
-        _refuse_subresource(request)
         return media(self._store, request, bucket, name, Preconditions.of_headers(request.headers))
 
     def _put(self, request: Request, bucket: str, name: str) -> Response:
-        refuse_encryption(request)
         if "uploadId" in request.query:
             return self._put_part(request, self._upload(request, bucket, name))
-        _refuse_subresource(request)
-        if request.headers.get("x-goog-copy-source"):
-            raise HttpError(501, "Copies by the XML API are not imitated by the local cloud.")
         content = self._store.partial()
         try:
             _receive(request, content)
@@ -86,7 +85,6 @@ class XmlApi:
             with self._lock:
                 self._uploads.pop(request.query["uploadId"]).discard()
             return
-        _refuse_subresource(request)
         self._store.delete(bucket, name, Preconditions.of_headers(request.headers))
 
     # Multipart uploads
@@ -99,7 +97,6 @@ class XmlApi:
         raise HttpError(501, "Form uploads are not imitated by the local cloud.")
 
     def _begin(self, request: Request, bucket: str, name: str) -> Response:
-        refuse_encryption(request)
         self._store.buckets.get(bucket)
         upload_id = uuid.uuid4().hex
         with self._lock:
@@ -194,6 +191,7 @@ def _fields(request: Request) -> dict:
         "contentDisposition": headers.get("Content-Disposition"),
         "contentLanguage": headers.get("Content-Language"),
         "cacheControl": headers.get("Cache-Control"),
+        "customTime": headers.get("x-goog-custom-time"),
         "storageClass": headers.get("x-goog-storage-class"),
         "metadata": {
             name[len(prefix) :]: value for name, value in headers.items() if name.lower().startswith(prefix)
@@ -209,18 +207,16 @@ def _etag(part: PartialObject) -> str:
     return f'"{part.md5_hex}"'
 
 
-def _refuse_subresource(request: Request) -> None:
-    for name in ("acl", "tagging", "retention", "legal-hold", "uploads", "compose"):
-        if name in request.query:
-            raise HttpError(501, f"?{name} of the XML API is not imitated by the local cloud.")
-
-
 def _in_xml(handler: Callable[..., Response | None]) -> Callable[..., Response | None]:
     """The handler, with its errors in the XML API's format; an error's reason becomes its code."""
 
     def answer(request: Request, bucket: str, name: str) -> Response | None:
         try:
+            check_query(request, QUERIES["xml"], "the XML API")
+            check_headers(request)
             return handler(request, bucket, name)
+        except MalformedError:
+            raise
         except HttpError as error:
             default = "NoSuchBucket" if "bucket does not exist" in error.message else None
             code = default or (error.reason if error.reason[:1].isupper() else ERROR_CODES.get(error.status))

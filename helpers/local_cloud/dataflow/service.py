@@ -39,6 +39,7 @@ from google.cloud.dataflow_v1beta3.types import jobs, messages, metrics
 
 from ..front.grpc_service import add_service, already_exists, failed_precondition, invalid_argument, not_found
 from ..front.labels import check_labels
+from .fields import TABLES
 from .job import ENDED, Job, State
 
 DEFAULT_LOCATION = "us-central1"
@@ -86,16 +87,19 @@ class Dataflow:
                 self.ListJobs: jobs.ListJobsRequest.pb(),
                 self.AggregatedListJobs: aggregated,
             },
+            TABLES,
         )
         add_service(
             server,
             "google.dataflow.v1beta3.MessagesV1Beta3",
             {self.ListJobMessages: messages.ListJobMessagesRequest.pb()},
+            TABLES,
         )
         add_service(
             server,
             "google.dataflow.v1beta3.MetricsV1Beta3",
             {self.GetJobMetrics: metrics.GetJobMetricsRequest.pb()},
+            TABLES,
         )
 
     def stop(self) -> None:

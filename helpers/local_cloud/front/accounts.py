@@ -3,6 +3,7 @@
 import grpc
 from google.cloud.resourcemanager_v3.types import projects
 
+from .fields import fields
 from .grpc_service import add_service, not_found
 from .http_server import Request, Response, Router
 
@@ -10,6 +11,7 @@ Project = projects.Project.pb()
 GetProjectRequest = projects.GetProjectRequest.pb()
 
 PROJECT_NUMBER = "123456789012"
+TABLES = {"GetProject": fields("name")}
 
 
 class Accounts:
@@ -26,7 +28,9 @@ class Accounts:
 
     def register(self, server: grpc.Server) -> None:
         """Adds the call by which clients learn a project's number."""
-        add_service(server, "google.cloud.resourcemanager.v3.Projects", {self.GetProject: GetProjectRequest})
+        add_service(
+            server, "google.cloud.resourcemanager.v3.Projects", {self.GetProject: GetProjectRequest}, TABLES
+        )
 
     def GetProject(self, request, _: grpc.ServicerContext):
         if request.name not in (f"projects/{self._project}", f"projects/{PROJECT_NUMBER}"):

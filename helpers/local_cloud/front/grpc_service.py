@@ -7,6 +7,8 @@ from typing import Any
 
 import grpc
 
+from .fields import Fields, refused_in_message
+
 
 class RpcError(Exception):
     """The failure of a call: the gRPC status its client sees, and the message that goes with it.
@@ -44,6 +46,7 @@ def add_service(
     server: grpc.Server,
     name: str,
     methods: Mapping[Callable[[Any, grpc.ServicerContext], Any], type],
+    tables: Mapping[str, Fields],
     streaming: Mapping[Callable[[Any, grpc.ServicerContext], Any], type] | None = None,
 ) -> None:
     """Adds a service to a server.
@@ -53,15 +56,18 @@ def add_service(
       name: the service's full name, such as `google.pubsub.v1.Publisher`.
       methods: maps each method, named after its RPC, to the protobuf class of its request. The method takes
         the request and the call's context, and returns the protobuf message of the answer.
+      tables: what becomes of the fields of each RPC's request, by the RPC's name.
       streaming: the same for RPCs that take an iterator of requests and yield answers.
     """
     handlers = {
-        method.__name__: grpc.unary_unary_rpc_method_handler(_answer(method), request.FromString, _serialize)
+        method.__name__: grpc.unary_unary_rpc_method_handler(
+            _answer(method, tables[method.__name__]), request.FromString, _serialize
+        )
         for method, request in methods.items()
     }
     for method, request in (streaming or {}).items():
         handlers[method.__name__] = grpc.stream_stream_rpc_method_handler(
-            _answer_stream(method), request.FromString, _serialize
+            _answer_stream(method, tables[method.__name__]), request.FromString, _serialize
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
@@ -70,21 +76,27 @@ def _serialize(message: Any) -> bytes:
     return message.SerializeToString()
 
 
-def _answer(method: Callable) -> Callable:
+def _answer(method: Callable, table: Fields) -> Callable:
     def call(request: Any, context: grpc.ServicerContext) -> Any:
         try:
-            return method(request, context)
+            return method(_checked(request, method, table), context)
         except RpcError as error:
             context.abort(error.code, str(error))
 
     return call
 
 
-def _answer_stream(method: Callable) -> Callable:
+def _answer_stream(method: Callable, table: Fields) -> Callable:
     def call(requests: Any, context: grpc.ServicerContext) -> Any:
         try:
-            yield from method(requests, context)
+            yield from method((_checked(request, method, table) for request in requests), context)
         except RpcError as error:
             context.abort(error.code, str(error))
 
     return call
+
+
+def _checked(request: Any, method: Callable, table: Fields) -> Any:
+    if path := refused_in_message(request, table):
+        raise unimplemented(f"the field {path} of {method.__name__}.")
+    return request

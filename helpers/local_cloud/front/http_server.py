@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 IDLE_SECONDS = 600  # a kept-alive connection that stays silent for this long is closed
 MAX_JSON_BYTES = 64 << 20
+MAX_BODY_BYTES = 5 << 40  # the largest object: https://cloud.google.com/storage/quotas#objects
 
 # google.rpc.Code by HTTP status: https://cloud.google.com/apis/design/errors#handling_errors
 STATUS_NAMES = {
@@ -46,6 +47,13 @@ class HttpError(Exception):
         self.status = status
         self.message = message
         self.reason = reason
+
+
+class MalformedError(HttpError):
+    """A request that does not say where it ends: after the answer, the connection is of no more use."""
+
+    def __init__(self, message: str):
+        super().__init__(400, message, "badRequest")
 
 
 class IncompleteBodyError(ConnectionError):
@@ -80,18 +88,32 @@ class Request:
     """
 
     def __init__(self, method: str, target: str, headers: Message, body: BinaryIO):
-        url = urlsplit(target)
+        try:
+            url = urlsplit(target)
+            self._query = parse_qsl(url.query, keep_blank_values=True, errors="strict")
+        except ValueError as error:
+            raise MalformedError(f"The request's address cannot be read: {error}") from None
         self.method = method
         self.path = url.path
-        self._query = parse_qsl(url.query, keep_blank_values=True)
         self.query = dict(self._query)
         self.headers = headers
         self.host = (headers.get("Host") or "").partition(":")[0].lower()
-        self._chunks = self._receive(body)
+        self._chunks = self._receive(body, self._length())
 
-    def _receive(self, body: BinaryIO) -> Iterator[bytes]:
+    def _length(self) -> int | None:
+        """How many bytes the body has; None if it comes in chunks."""
+        lengths = self.headers.get_all("Content-Length", [])
         if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():
-            yield from _read_exactly(body, _natural(self.headers.get("Content-Length", "0"), 10))
+            if len(set(lengths)) > 1:
+                raise MalformedError("The request has several lengths.")
+            return _natural(lengths[0], 10) if lengths else 0
+        if lengths:
+            raise MalformedError("The request has both a length and chunks.")
+        return None
+
+    def _receive(self, body: BinaryIO, length: int | None) -> Iterator[bytes]:
+        if length is not None:
+            yield from _read_exactly(body, length)
             return
         while size := _natural(body.readline(100).partition(b";")[0], 16):
             yield from _read_exactly(body, size)
@@ -125,20 +147,32 @@ class Request:
         body = self.read()
         try:
             value = json.loads(body) if body else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HttpError(400, f"The request's body is not JSON: {error}", "parseError") from None
         if not isinstance(value, dict):
             raise HttpError(400, "The request's body is not a JSON object.", "parseError")
         return value
 
 
+def natural(text: str, name: str) -> int:
+    """The whole number, from 0 to the largest of 64 bits, that a field holds; raises HttpError 400."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
+        raise HttpError(
+            400, f"Invalid value for {name}: {text[:40]!r} is not a whole number.", "invalidParameter"
+        )
+    return int(text)
+
+
 def _natural(digits: str | bytes, base: int) -> int:
-    try:
-        value = int(digits, base)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise IncompleteBodyError(f"not a length: {digits!r}")
+    digits = digits.decode("latin-1") if isinstance(digits, bytes) else digits
+    allowed = "0123456789" if base == 10 else "0123456789abcdefABCDEF"
+    digits = digits.strip()
+    if not digits and base == 16:
+        raise IncompleteBodyError("the connection closed before the end of the body")
+    if not digits or digits.strip(allowed) or len(digits) > 18:
+        raise MalformedError(f"{digits[:40]!r} is not the length of anything.")
+    if (value := int(digits, base)) > MAX_BODY_BYTES:
+        raise MalformedError(f"A body of {value} bytes is longer than any object may be.")
     return value
 
 
@@ -203,7 +237,10 @@ class Router:
         return add
 
     def answer(self, request: Request) -> Response:
-        """The handler's response, or an error in Google's format. Raises nothing but IncompleteBodyError."""
+        """The handler's response, or an error in Google's format.
+
+        Raises nothing but IncompleteBodyError and MalformedError.
+        """
         for methods, pattern, host, handler in self._routes:
             if request.method not in methods or (host and host != request.host):
                 continue
@@ -218,6 +255,8 @@ class Router:
         try:
             names = {name: unquote(value, errors="strict") for name, value in match.groupdict().items()}
             answer = handler(request, **names)
+        except MalformedError:
+            raise
         except HttpError as error:
             return error_response(error.status, error.message, error.reason)
         except UnicodeDecodeError:
@@ -246,13 +285,16 @@ class _Connection(BaseHTTPRequestHandler):
         # puts off for 40 ms.
         if hasattr(socket, "TCP_QUICKACK"):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        request = Request(self.command, self.path, self.headers, self.rfile)
         try:
+            request = Request(self.command, self.path, self.headers, self.rfile)
             response = self.server.answer(request)
             with response.file or contextlib.nullcontext():
                 for _ in request.chunks():  # what a handler left unread comes before the next request
                     pass
                 self._send(response)
+        except MalformedError as error:
+            self.close_connection = True
+            self._send(error_response(error.status, error.message, error.reason))
         except IncompleteBodyError:
             self.close_connection = True
 

@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from .http_server import Router, serve_connection, warn_once
-from .upstream import Upstream, authorization, is_this_machine, read_head
+from .upstream import Upstream, authorization, is_link_local, is_metadata_server, is_this_machine, read_head
 
 log = logging.getLogger(__name__)
 
 GOOGLE_DOMAINS = ("googleapis.com", "google.com", "google.internal")
-# All names of the server that a machine on Google Cloud asks for its own credentials.
-METADATA_HOSTS = ("metadata", "169.254.169.254", "fd20:ce::254")
+METADATA_HOST = "metadata"  # a short name of the server that a machine asks for its own credentials
 HANDSHAKE_SECONDS = 30
 PUMP_BYTES = 256 << 10
 
@@ -31,7 +30,8 @@ def is_google_host(host: str) -> bool:
     """Whether requests to `host` are for Google Cloud, or for its metadata server."""
     host = host.lower().strip("[]").rstrip(".")
     return (
-        host in METADATA_HOSTS
+        host == METADATA_HOST
+        or is_metadata_server(host)
         or host.endswith(tuple("." + d for d in GOOGLE_DOMAINS))
         or host in GOOGLE_DOMAINS
     )
@@ -92,7 +92,8 @@ class Proxy:
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Accepts connections in a thread until `stop()`."""
@@ -193,8 +194,12 @@ class Proxy:
 
     def _open(self, scheme: str, host: str, port: int) -> socket.socket:
         """A connection on which a client can speak to a host that is not Google's."""
+        if is_link_local(host):
+            raise _refusal(host, "machines have their metadata servers on such addresses")
         if self._offline and not is_this_machine(host):
             raise _refusal(host, "the local cloud runs offline")
+        if is_this_machine(host) and port == self._port:
+            raise _refusal(host, "this is the proxy itself")
         try:
             return self._upstream.connect(scheme, host, port)
         except OSError as error:

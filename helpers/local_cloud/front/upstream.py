@@ -20,6 +20,42 @@ def is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
+def is_metadata_server(host: str) -> bool:
+    """Whether `host` is the address, however written, of the server that a machine on Google Cloud asks for
+    its own credentials."""
+    return _address(host) in _METADATA_SERVERS
+
+
+def is_link_local(host: str) -> bool:
+    """Whether `host` is an address, however written, on this machine's own network link: clouds of every make
+    have their metadata servers there."""
+    address = _address(host)
+    return address is not None and (address.is_link_local or address in _METADATA_SERVERS)
+
+
+# IPv6 addresses that end in an IPv4 address: mapped, compatible, and those of NAT64 (RFC 4291, RFC 6052).
+_EMBEDDING = [ipaddress.ip_network(n) for n in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96")]
+_METADATA_SERVERS = (ipaddress.ip_address("169.254.169.254"), ipaddress.ip_address("fd20:ce::254"))
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host's name stands for without being looked up: `2852039166`, `0xa9fea9fe` and
+    `::ffff:169.254.169.254` are all 169.254.169.254."""
+    host = host.lower().strip("[]").rstrip(".").partition("%")[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(host))
+        except (OSError, UnicodeError):
+            return None
+    if isinstance(address, ipaddress.IPv6Address):
+        if any(address in network for network in _EMBEDDING):
+            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        return address.sixtofour or address
+    return address
+
+
 @dataclass(frozen=True)
 class Upstream:
     """The proxies that the user's own environment named, before the local cloud took their place."""
@@ -41,7 +77,7 @@ class Upstream:
         """A connection to a host: direct, or via the user's proxy (a tunnel for "https"). Raises OSError."""
         proxy = self.proxy_for(scheme, host, port)
         if not proxy:
-            return socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+            return _connect(host, port)
         url = _proxy_url(proxy)
         if url.scheme != "http" or not url.hostname:
             raise OSError(f"the proxy in your environment must be an http:// address, not {url.scheme}://")
@@ -53,6 +89,19 @@ class Upstream:
                 remote.close()
                 raise
         return remote
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    """A connection to the first address of a host that answers. Raises OSError."""
+    error = OSError(f"{host} has no address")
+    for _, _, _, _, (address, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        if is_link_local(address):
+            raise OSError(f"{host} is {address}, where a machine's own credentials are given out")
+        try:
+            return socket.create_connection((address, port), timeout=CONNECT_SECONDS)
+        except OSError as failure:
+            error = failure
+    raise error
 
 
 def _ask_for_tunnel(remote: socket.socket, proxy: str, host: str, port: int) -> None:

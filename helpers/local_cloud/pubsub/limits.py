@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..front.fields import REFUSED
 from ..front.grpc_service import invalid_argument, unimplemented
+from .fields import TABLES
 
 MAX_REQUEST_BYTES = (
     10_000_000  # this and the following: https://cloud.google.com/pubsub/quotas#resource_limits
@@ -31,21 +33,7 @@ _UPDATABLE = {
         "expiration_policy",
     },
 }
-_NOT_IMITATED = {
-    "topic": {"schema_settings", "ingestion_data_source_settings", "message_transforms", "kms_key_name"},
-    "subscription": {
-        "push_config",
-        "bigquery_config",
-        "cloud_storage_config",
-        "bigtable_config",
-        "filter",
-        "dead_letter_policy",
-        "retry_policy",
-        "enable_exactly_once_delivery",
-        "enable_message_ordering",
-        "message_transforms",
-    },
-}
+_TABLES = {"topic": TABLES["CreateTopic"], "subscription": TABLES["CreateSubscription"]}
 
 
 def updated(old: Any, new: Any, mask: Any, kind: str) -> Any:
@@ -53,7 +41,8 @@ def updated(old: Any, new: Any, mask: Any, kind: str) -> Any:
     if not mask.paths:
         raise invalid_argument("The update_mask must name at least one field.")
     for path in mask.paths:
-        if path in _NOT_IMITATED[kind]:
+        name = path.partition(".")[0]
+        if name in new.DESCRIPTOR.fields_by_name and _TABLES[kind].of(name) == REFUSED:
             raise unimplemented(f"{path} of a {kind}.")
         if path not in _UPDATABLE[kind]:
             raise invalid_argument(f"Invalid update_mask: {path!r} of a {kind} cannot be changed.")
@@ -71,14 +60,6 @@ def check_name(name: str, kind: str) -> None:
             f"Invalid [{kind}] name: (name={name}). Use projects/PROJECT/{kind}/ID, where the ID has 3 to "
             "255 letters, digits and -_.~+%, and begins with a letter but not with goog."
         )
-
-
-def check_imitated(resource: Any, kind: str) -> None:
-    """Refuses a `topic` or `subscription` that asks for something not imitated."""
-    for field, value in resource.ListFields():
-        # An empty push_config is how a client says that a subscription is pulled.
-        if field.name in _NOT_IMITATED[kind] and value != type(value)():
-            raise unimplemented(f"{field.name} of a {kind}.")
 
 
 def check_ack_deadline(seconds: int) -> None:

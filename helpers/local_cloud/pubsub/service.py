@@ -34,13 +34,12 @@ from ..front.grpc_service import (
     failed_precondition,
     invalid_argument,
     not_found,
-    unimplemented,
 )
+from .fields import TABLES
 from .limits import (
     ACK_DEADLINE_SECONDS,
     MAX_MESSAGES_PER_PUBLISH,
     check_ack_deadline,
-    check_imitated,
     check_name,
     check_publish,
     updated,
@@ -96,11 +95,12 @@ class PubSub:
             self.Pull,
             self.Seek,
         ]
-        add_service(server, "google.pubsub.v1.Publisher", with_requests(publisher))
+        add_service(server, "google.pubsub.v1.Publisher", with_requests(publisher), TABLES)
         add_service(
             server,
             "google.pubsub.v1.Subscriber",
             with_requests(subscriber),
+            TABLES,
             streaming={self.StreamingPull: _message_class("StreamingPullRequest")},
         )
         add_service(
@@ -110,6 +110,7 @@ class PubSub:
                 self.TestIamPermissions: iam_policy_pb2.TestIamPermissionsRequest,
                 self.GetIamPolicy: iam_policy_pb2.GetIamPolicyRequest,
             },
+            TABLES,
         )
 
     def stop(self) -> None:
@@ -121,7 +122,6 @@ class PubSub:
 
     def CreateTopic(self, request: Any, context: grpc.ServicerContext) -> Any:
         check_name(request.name, "topics")
-        check_imitated(request, "topic")
         with self._lock:
             if request.name in self._topics:
                 raise already_exists(f"Resource already exists in the project (resource={request.name}).")
@@ -180,7 +180,6 @@ class PubSub:
 
     def CreateSubscription(self, request: Any, context: grpc.ServicerContext) -> Any:
         check_name(request.name, "subscriptions")
-        check_imitated(request, "subscription")
         request.ack_deadline_seconds = request.ack_deadline_seconds or ACK_DEADLINE_SECONDS[0]
         check_ack_deadline(request.ack_deadline_seconds)
         with self._lock:
@@ -254,7 +253,7 @@ class PubSub:
 
     def Seek(self, request: Any, context: grpc.ServicerContext) -> Any:
         if not request.HasField("time"):
-            raise unimplemented("a seek to a snapshot; seek to a time instead.")
+            raise invalid_argument("The request names no time.")
         self._attached(request.subscription).seek(request.time.ToNanoseconds())
         return _message_class("SeekResponse")()
 

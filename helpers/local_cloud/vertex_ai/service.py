@@ -41,6 +41,7 @@ from ..front.labels import check_labels
 from ..processes import sandbox
 from ..processes.process_group import COMMAND_NOT_FOUND, ProcessGroup
 from ..processes.scratch import Scratch
+from .fields import TABLES
 from .job import check, job_variables, matches, parse_filter, timeout_seconds
 
 LOG_END_CHARACTERS = 4000
@@ -97,6 +98,7 @@ class VertexAI:
                     self.DeleteCustomJob,
                 )
             },
+            TABLES,
         )
 
     def stop(self) -> None:
