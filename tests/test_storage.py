@@ -1,9 +1,13 @@
 """Files by their path, here and in Cloud Storage: the same calls, and whole or not at all."""
 
+import gzip
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -55,6 +59,74 @@ def test_a_file_comes_back_as_it_was(place, file, tmp_path):
     storage.delete(path)
     assert not storage.exists(path)
     storage.delete(path)
+
+
+class SlowLine:
+    """A way to the local cloud that takes so many bytes a second."""
+
+    def __init__(self, target: tuple[str, int], bytes_a_second: int):
+        self._target, self._rate = target, bytes_a_second
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+                remote = socket.create_connection(self._target)
+                threading.Thread(target=self._pump, args=(client, remote, self._rate), daemon=True).start()
+                threading.Thread(target=self._pump, args=(remote, client, 0), daemon=True).start()
+
+    @staticmethod
+    def _pump(source, target, rate):
+        with suppress(OSError):
+            while data := source.recv(16384):
+                target.sendall(data)
+                time.sleep(len(data) / rate if rate else 0)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self._server.close()
+
+
+def test_an_upload_over_a_slow_line_takes_its_time(cloud, bucket, tmp_path, monkeypatch):
+    """Twelve seconds, with a limit of two for each block: limits follow progress."""
+    monkeypatch.setattr(transfer, "TIMEOUT", (2, 10))
+    host, _, port = cloud.environment["HTTPS_PROXY"].removeprefix("http://").partition(":")
+    line = SlowLine((host, int(port)), 1_000_000)
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, line.url)
+    storage._client_of.cache_clear()
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(12_000_000))
+    began = time.monotonic()
+    try:
+        storage.upload(file, f"gs://{bucket.name}/file")
+        assert time.monotonic() - began > 2 * transfer.TIMEOUT[0], "the line was not slow"
+        assert storage.size_and_crc32c(f"gs://{bucket.name}/file")[1] == transfer.crc32c_of(file)
+    finally:
+        storage._client_of.cache_clear()
+        line.close()
+
+
+def test_what_is_stored_compressed_is_read_as_googles_client_reads_it(bucket, tmp_path):
+    content = b"text" * 1000
+    blob = bucket.blob("folder/tokenizer.json")
+    blob.content_encoding = "gzip"
+    blob.upload_from_string(gzip.compress(content))
+    path = f"gs://{bucket.name}/folder/tokenizer.json"
+    assert storage.read_bytes(path) == content
+    storage.download(path, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == content
+    storage.download_folder(f"gs://{bucket.name}/folder", tmp_path / "folder")
+    assert (tmp_path / "folder" / "tokenizer.json").read_bytes() == content
+    blob.upload_from_string(b"not compressed")
+    with pytest.raises(StorageError, match="not what its encoding says"):
+        storage.download(path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_empty_file_comes_back_empty(place, tmp_path):

@@ -7,8 +7,12 @@ which has no preconditions.)
 """
 
 import base64
+import gzip
 import io
 import os
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from google.cloud.storage import Blob
+    from requests.adapters import HTTPAdapter
 
 CHUNK_BYTES = 16 * 2**20
 """What one thread holds in memory while it transfers."""
@@ -27,6 +32,10 @@ MAX_PARTS = 32
 """How many parts Cloud Storage composes at once: https://cloud.google.com/storage/docs/composite-objects"""
 
 THREADS = 4
+
+TIMEOUT = (60, 300)
+"""Seconds that one block of a request may take to be sent, and that an answer may take to come: over a slow
+line, the system still has much to send when it has taken the last block."""
 
 Progress = Callable[[int], object]
 """Called with the number of bytes moved since the last call."""
@@ -57,8 +66,27 @@ def crc32c_of_bytes(data: bytes) -> str:
     return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
 
 
+def block_by_block() -> "HTTPAdapter":
+    """An adapter for a client's session that sends the bodies of requests in small blocks.
+
+    A body that is sent in one go has one time limit for all of it, and over a slow line it never arrives.
+    This way the limit is one block's: it follows progress.
+    """
+    from requests.adapters import HTTPAdapter
+
+    class BlockByBlock(HTTPAdapter):
+        def send(self, request, *args, **kwargs):
+            if isinstance(request.body, bytes):
+                request.body = io.BytesIO(request.body)
+            return super().send(request, *args, **kwargs)
+
+    return BlockByBlock()
+
+
 def download_object(blob: "Blob", file_name: str, progress: Progress | None = None) -> None:
     """Downloads an object into an existing file, and checks what arrived.
+
+    An object that is stored compressed (with the encoding "gzip") is decompressed, as Google's client does.
 
     Raises:
         StorageError: the checksum differs.
@@ -83,6 +111,24 @@ def download_object(blob: "Blob", file_name: str, progress: Progress | None = No
         raise StorageError(
             f"{_uri(blob)} arrived damaged (crc32c {found}, not {blob.crc32c}): download it again"
         )
+    if blob.content_encoding == "gzip":
+        _decompress(file_name)
+
+
+def _decompress(file_name: str) -> None:
+    """Replaces the content of a file by what it is when decompressed."""
+    with open(file_name, "r+b") as file, tempfile.TemporaryFile(dir=os.path.dirname(file_name)) as compressed:
+        shutil.copyfileobj(file, compressed, CHUNK_BYTES)
+        compressed.seek(0)
+        file.seek(0)
+        file.truncate()
+        try:
+            with gzip.open(compressed) as content:
+                shutil.copyfileobj(content, file, CHUNK_BYTES)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise StorageError(
+                f"{file_name} is not what its encoding says, gzip ({error}): upload it again"
+            ) from error
 
 
 def upload_object(
@@ -169,7 +215,9 @@ def _upload_slice(
     progress: Progress | None,
 ) -> None:
     with _Slice(local_file, start, size, progress) as data:
-        blob.upload_from_file(data, size=size, if_generation_match=generation, checksum="crc32c")
+        blob.upload_from_file(
+            data, size=size, if_generation_match=generation, checksum="crc32c", timeout=TIMEOUT
+        )
 
 
 def _in_parallel(tasks: Iterable[Callable[[], object]]) -> None:

@@ -3,11 +3,17 @@ options."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from helpers.model_handler.chat_template import ChatTemplate, TemplateError
 from helpers.models.architecture import positions_of
+from helpers.models.error_text import first_line
+from helpers.models.model_error import ModelError
 from helpers.sizing.sizes import PROMPT_TOKENS
 
 if TYPE_CHECKING:
@@ -17,6 +23,14 @@ if TYPE_CHECKING:
 
 # A tokenizer without a limit reports a number larger than this.
 NO_LIMIT = 10**6
+
+
+# Room for a chat template's own text.
+SPARE_CHARACTERS = 2**16
+
+
+MOST_GROWTH = 1000
+"""How many times longer the steps of a tokenizer may make a text: far more than spaces and accents need."""
 
 
 class PromptError(ValueError):
@@ -30,6 +44,9 @@ class Encoder:
         tokenizer: the model's.
         config: the model's.
         is_encoder_decoder: whether an encoder reads the prompt; only causal models use a chat template.
+
+    Raises:
+        ModelError: the tokenizer may make texts so much longer that they fill the memory.
     """
 
     def __init__(
@@ -38,6 +55,21 @@ class Encoder:
         self._tokenizer = tokenizer
         self._config = config
         self._is_encoder_decoder = is_encoder_decoder
+        _check_growth(tokenizer)
+        self._template = self._chat_template()
+
+    def _chat_template(self) -> ChatTemplate | None:
+        from transformers import PreTrainedTokenizerBase
+
+        if not self._has_template:
+            return None
+        # Some tokenizers have a way of their own, and no template that a checkpoint could bring along.
+        is_usual = type(self._tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+        return ChatTemplate(self._tokenizer) if is_usual else None
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(self._tokenizer.chat_template) and not self._is_encoder_decoder
 
     @cached_property
     def _longest_token(self) -> int:
@@ -69,19 +101,20 @@ class Encoder:
                     f"the prompt has {len(prompt):,} characters, too many by far: the limit is {most} tokens"
                 )
             prompt = prompt[: most * self._longest_token]
-        ids = self._tokenize(prompt)
+        ids = self._tokenize(prompt, most)
         limit = most if options.truncate else limit
         if limit is None or len(ids) <= limit:
             return ids
         if not options.truncate:
             raise PromptError(f"the prompt has {len(ids)} tokens, but the limit is {limit}")
         # Only the prompt's own text is cut: what surrounds it (template, end token) must stay whole.
-        room = limit - len(self._tokenize(""))
+        room = limit - len(self._tokenize("", most))
         if room < 1:
             raise PromptError(f"the limit of {limit} tokens leaves no room beside the chat template")
-        plain = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        with panics_as_errors():
+            plain = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         while room > 0:
-            ids = self._tokenize(self._tokenizer.decode(plain[:room]))
+            ids = self._tokenize(self._tokenizer.decode(plain[:room]), most)
             if len(ids) <= limit:
                 return ids
             room -= len(ids) - limit  # text cut in the middle of a word may have more tokens than before
@@ -105,9 +138,56 @@ class Encoder:
                 limits.append(int(PROMPT_TOKENS * math.sqrt(options.workload()["batch_size"])))
         return min((limit for limit in limits if limit), default=None)
 
-    def _tokenize(self, prompt: str) -> list[int]:
-        if self._tokenizer.chat_template and not self._is_encoder_decoder:
-            return self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        return self._tokenizer(prompt, verbose=False)["input_ids"]
+    def _tokenize(self, prompt: str, most: int) -> list[int]:
+        """A prompt's token ids, with what surrounds it; text that is sure to have more than twice `most` of
+        them is not made."""
+        with panics_as_errors():
+            if self._template:
+                try:
+                    text = self._template.render(prompt, 2 * most * self._longest_token + SPARE_CHARACTERS)
+                except TemplateError as error:
+                    raise PromptError(str(error)) from error
+                return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if self._has_template:
+                return self._tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+                )["input_ids"]
+            return self._tokenizer(prompt, verbose=False)["input_ids"]
+
+
+def _check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in (getattr(backend, "normalizer", None), getattr(backend, "decoder", None)):
+        if part is not None and _growth(json.loads(part.__getstate__())) > MOST_GROWTH:
+            raise ModelError(
+                "the tokenizer's replacements may make a text over "
+                f"{MOST_GROWTH:,} times as long, and fill the memory: do not use this checkpoint"
+            )
+
+
+def _growth(part: dict) -> float:
+    """How many times longer a step of a tokenizer may make a text."""
+    steps = part.get("normalizers") or part.get("decoders")
+    if steps:
+        return math.prod(_growth(step) for step in steps)
+    if part.get("type") != "Replace":
+        return 1
+    content, pattern = len(part["content"]), part["pattern"]
+    if "String" in pattern:
+        return max(1, (content + 1) / max(1, len(pattern["String"])))
+    return content + 1  # a regular expression may match between any two characters
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turns a panic of the tokenizers' library, which no `except Exception` catches, into an error.
+
+    Raises:
+        PromptError: the library has panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise PromptError(f"the tokenizer fails: {first_line(error)}") from error

@@ -17,7 +17,7 @@ import torch
 
 from helpers.model_handler import generation_settings
 from helpers.model_handler.answers import Batch, Failure, Response, batches_by_length
-from helpers.model_handler.encoding import Encoder, PromptError
+from helpers.model_handler.encoding import Encoder, PromptError, panics_as_errors
 from helpers.model_handler.model_loading import LoadError
 from helpers.model_handler.neighbours import Company, establish
 from helpers.model_handler.options import AnsweringOptions
@@ -141,7 +141,8 @@ class LanguageModel:
         start = 1 if self.is_encoder_decoder else batch["input_ids"].shape[1]
         # Without what follows the end: padding need not be a token that decoding leaves out.
         responses = [self._until_end(ids) for ids in output[:, start:].tolist()]
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        with panics_as_errors():
+            texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         return [
             Response(text.strip(), len(prompt), len(ids))
             for text, prompt, ids in zip(texts, prompts, responses, strict=True)

@@ -125,7 +125,7 @@ class Uploads:
         try:
             _check(session.content, session.fields, request)
             session.resource = self._store.put(
-                session.bucket, session.name, session.content, fields, session.conditions
+                session.bucket, session.name, session.content, session.fields, session.conditions
             )
         except HttpError:
             self._cancel(session)

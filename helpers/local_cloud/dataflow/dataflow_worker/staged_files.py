@@ -35,7 +35,7 @@ def fetch(pipeline: Any, folder: Path) -> None:
             # "Uncompressed" means as it is; otherwise Beam would unpack a .tar.gz.
             with (
                 FileSystems.open(url, compression_type=CompressionTypes.UNCOMPRESSED) as source,
-                (partial / (role.staged_name or Path(url).name)).open("wb") as copy,
+                (partial / _plain(role.staged_name or Path(url).name)).open("wb") as copy,
             ):
                 shutil.copyfileobj(source, copy, 1 << 20)
     partial.rename(folder)
@@ -49,11 +49,14 @@ def install(folder: Path, service: Service) -> None:
     if (folder / WORKFLOW).exists():
         packages.append(WORKFLOW)
     for package in packages:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", str(folder / package)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(done.stdout, done.stderr, file=sys.stderr, flush=True)
-        if done.returncode:
-            raise RuntimeError(f"The staged package {package} could not be installed:\n{done.stderr}")
+        # As in Beam's images: what was staged takes the place of the same version that may be there already;
+        # then comes what it needs and is not there.
+        for how in (["--force-reinstall", "--no-deps"], []):
+            command = [sys.executable, "-m", "pip", "install", "--quiet", *how, str(folder / _plain(package))]
+            done = subprocess.run(command, capture_output=True, text=True)
+            print(done.stdout, done.stderr, file=sys.stderr, flush=True)
+            if done.returncode:
+                raise RuntimeError(f"The staged package {package} could not be installed:\n{done.stderr}")
     if (folder / REQUIREMENTS).exists():
         service.message(
             "WARNING",
@@ -67,3 +70,10 @@ def load_main_session(folder: Path) -> None:
     """Restores the submitting program's `__main__`, if it was staged."""
     if (folder / MAIN_SESSION).exists():
         pickler.load_session(str(folder / MAIN_SESSION))
+
+
+def _plain(name: str) -> str:
+    """The name, if it is a file's in a folder: a submitter's files go nowhere else."""
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name or not name.isprintable():
+        raise RuntimeError(f"{name!r} is not the name of a staged file.")
+    return name

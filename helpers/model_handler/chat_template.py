@@ -1,0 +1,137 @@
+"""Chat templates, rendered where they can do no harm: in a process of their own, within limits.
+
+A chat template is a program that comes with a checkpoint. Jinja's sandbox keeps it from the machine, but not
+from looping for ever or filling the memory; only a process can be stopped. What exceeds the limits fails the
+prompt that it was rendered for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 10.0
+"""How long a template may take for one prompt. Published ones take less than a millisecond."""
+
+START_SECONDS = 120.0
+"""How long the process may take to start, on a busy machine."""
+
+MEMORY_BYTES = 512 * 2**20
+"""The memory that a template may take, on Linux."""
+
+
+class TemplateError(ValueError):
+    """A chat template that cannot be rendered for a prompt, or not within the limits."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    The process is started when this is made, so that it is ready when the first prompt comes, and ends with
+    it. Several threads may use it: they take turns.
+
+    Args:
+        tokenizer: one that has a chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._start = {
+            "template": tokenizer.get_chat_template(),
+            "special_tokens": tokenizer.special_tokens_map,
+            "memory_bytes": MEMORY_BYTES,
+        }
+        self._lock = threading.Lock()
+        self._process = _Process(self._start)
+
+    def render(self, prompt: str, most_characters: int) -> str:
+        """The template's text around a prompt, up to where the model's answer begins.
+
+        Args:
+            prompt: what the user says.
+            most_characters: the most that the text may have.
+
+        Raises:
+            TemplateError: the template cannot be rendered for this prompt, or not within the limits.
+        """
+        request = {
+            "messages": [{"role": "user", "content": prompt}],
+            "most_characters": most_characters,
+        }
+        with self._lock:
+            if not self._process.is_alive():
+                self._process = _Process(self._start)
+            answer = self._process.ask(request)
+        if "text" not in answer:
+            raise TemplateError(f"the chat template cannot be rendered for this prompt: {answer['error']}")
+        return answer["text"]
+
+
+class _Process:
+    def __init__(self, start: dict) -> None:
+        # Not -m: a worker need not have this package in its path. The path of modules is this process's.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("template_process.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        )
+        self._answers: queue.Queue[str] = queue.Queue()
+        self._is_ready = False
+        threading.Thread(target=_read, args=(self._process, self._answers), daemon=True).start()
+        self._end = weakref.finalize(self, _end, self._process)
+        self._send(start)
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: dict) -> dict:
+        """The process's answer, or the reason why there is none; then the process is ended."""
+        if not self._is_ready:
+            answer = self._answer(START_SECONDS)
+            if "error" in answer:
+                return answer
+            self._is_ready = True
+        self._send(request)
+        return self._answer(SECONDS)
+
+    def _answer(self, seconds: float) -> dict:
+        try:
+            line = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            line, reason = "", f"it took longer than {seconds:g} s"
+        else:
+            reason = "its process ended, as one does that takes too much memory"
+        if not line:
+            self._end()
+            return {"error": reason}
+        return json.loads(line)
+
+    def _send(self, message: dict) -> None:
+        try:
+            self._process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it has ended, which its answer tells
+
+
+def _read(process: subprocess.Popen, answers: queue.Queue[str]) -> None:
+    for line in process.stdout:
+        answers.put(line.decode())
+    answers.put("")
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
