@@ -1,12 +1,17 @@
 """The local Cloud Storage, driven by Google's own client and by Beam."""
 
 import base64
+import datetime
+import errno
 import gzip
 import hashlib
+import io
+import itertools
 import multiprocessing
 import os
 import time
 import uuid
+from functools import partial
 
 import google_crc32c
 import pytest
@@ -20,6 +25,7 @@ from helpers.local_cloud.front.http_server import HttpError
 
 MIB = 1 << 20
 API = "https://storage.googleapis.com"
+KEY = "projects/p/locations/us/keyRings/r/cryptoKeys/k"
 # Names that Cloud Storage allows and that are awkward as paths or in URLs.
 ODD_NAMES = [
     "with space/and 'quotes' \"double\"",
@@ -463,6 +469,177 @@ def test_what_would_protect_an_object_is_refused_not_ignored(http, bucket):
     with pytest.raises(exceptions.MethodNotImplemented, match="Encryption-Algorithm is not imitated"):
         Blob("secret", bucket, encryption_key=b"k" * 32).upload_from_string("content")
     assert names(bucket.list_blobs()) == ["held"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bucket: list(bucket.acl),
+        lambda bucket: list(bucket.blob("o").acl),
+        lambda bucket: list(bucket.client.list_hmac_keys()),
+        lambda bucket: list(bucket.list_notifications()),
+        lambda bucket: list(bucket.list_blobs(soft_deleted=True)),
+        lambda bucket: bucket.blob("o").upload_from_string("x", predefined_acl="publicRead"),
+        lambda bucket: bucket.client.create_bucket("retained", enable_object_retention=True),
+    ],
+)
+def test_calls_that_are_not_imitated_are_named(call, bucket):
+    with pytest.raises(exceptions.MethodNotImplemented, match="is not imitated by the local cloud"):
+        call(bucket)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("default_kms_key_name", "projects/p/locations/us/keyRings/r/cryptoKeys/k"),
+        ("versioning_enabled", True),
+    ]
+    + [("default_event_based_hold", True), ("retention_period", 5), ("hierarchical_namespace_enabled", True)],
+)
+def test_settings_of_a_bucket_that_would_be_ignored_are_refused(name, value, storage_client):
+    new = storage_client.bucket("with-settings")
+    setattr(new, name, value)
+    with pytest.raises(exceptions.MethodNotImplemented, match="is not imitated by the local cloud"):
+        storage_client.create_bucket(new)
+    assert storage_client.lookup_bucket("with-settings") is None
+
+
+def test_an_upload_of_parts_keeps_its_description_and_refuses_a_key(bucket, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"z" * (6 << 20))
+    blob = bucket.blob("described")
+    blob.custom_time = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    blob.metadata = {"a": "b"}
+    upload = partial(transfer_manager.upload_chunks_concurrently, chunk_size=5 << 20, worker_type="thread")
+    upload(str(file), blob)
+    got = bucket.get_blob("described")
+    assert (got.custom_time, got.metadata) == (blob.custom_time, {"a": "b"})
+    with pytest.raises(Exception, match="501"):
+        upload(
+            str(file), bucket.blob("secret", kms_key_name="projects/p/locations/us/keyRings/r/cryptoKeys/k")
+        )
+    assert not bucket.blob("secret").exists()
+
+
+def test_conditions_on_entity_tags_hold(bucket):
+    blob = bucket.blob("tagged")
+    blob.upload_from_string("x")
+    blob.reload()
+    assert blob.download_as_bytes(if_etag_match=blob.etag) == b"x"
+    with pytest.raises(exceptions.PreconditionFailed):
+        blob.download_as_bytes(if_etag_match="wrong")
+    with pytest.raises(exceptions.NotModified):
+        blob.download_as_bytes(if_etag_not_match=blob.etag)
+    with pytest.raises(exceptions.PreconditionFailed):
+        blob.reload(if_etag_match="wrong")
+    with pytest.raises(exceptions.PreconditionFailed):
+        bucket.reload(if_metageneration_match=77)
+
+
+def test_a_wrong_checksum_stops_a_resumable_upload(bucket):
+    data = b"a" * (9 << 20)
+    with pytest.raises(exceptions.BadRequest, match="CRC32C"):
+        bucket.blob("big").upload_from_file(
+            io.BytesIO(data), size=len(data), crc32c_checksum_value="A0tD7w=="
+        )
+    assert not bucket.blob("big").exists()
+
+
+def test_trailing_delimiters_are_listed_when_asked_for(bucket):
+    for name in ("p/", "p/f", "p/q/", "p/q/g"):
+        bucket.blob(name).upload_from_string("x")
+    plain = bucket.list_blobs(prefix="p/", delimiter="/")
+    assert names(plain) == ["p/", "p/f"]
+    asked = bucket.list_blobs(prefix="p/", delimiter="/", include_trailing_delimiter=True)
+    assert names(asked) == ["p/", "p/f", "p/q/"]
+    assert asked.prefixes == {"p/q/"}
+
+
+# A full disk
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = ObjectStore(tmp_path / "storage")
+    store.buckets.create({"name": "bucket"})
+    put(store, b"old", {"contentType": "text/x-old", "metadata": {"a": "b"}})
+    yield store
+    store.stop()
+
+
+def put(store: ObjectStore, content: bytes, fields: dict) -> None:
+    partial = store.partial()
+    try:
+        partial.append([content])
+        store.put("bucket", "object", partial, fields)
+    finally:
+        partial.discard()
+
+
+def test_whatever_step_of_an_overwrite_finds_the_disk_full_the_old_object_is_whole(store, monkeypatch):
+    before = store.find("bucket", "object")
+    for failing in itertools.count(1):
+        calls = itertools.count(1)
+
+        def full(real, calls=calls, failing=failing):
+            def call(*args, **kwargs):
+                if next(calls) == failing:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "fsync"):
+                patch.setattr(os, name, full(getattr(os, name)))
+            try:
+                put(store, b"new" * 1000, {"contentType": "text/x-new"})
+                break
+            except OSError:
+                pass
+        resource, file = store.open("bucket", "object")
+        with file:
+            assert (file.read(), resource) == (b"old", before)
+    assert failing > 4
+    resource, file = store.open("bucket", "object")
+    with file:
+        assert file.read() == b"new" * 1000
+    assert resource["contentType"] == "text/x-new"
+    assert "metadata" not in resource
+
+
+def test_a_write_that_takes_a_part_only_is_continued(store, monkeypatch):
+    class Reluctant(io.FileIO):
+        def write(self, data):
+            return super().write(data[:7])
+
+    partial = store.partial()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(partial.path), "open", lambda path, mode, buffering=-1: Reluctant(path, mode))
+        partial.append([b"0123456789" * 10, b"abc"])
+    assert partial.path.read_bytes() == b"0123456789" * 10 + b"abc"
+    assert partial.size == 103
+    partial.discard()
+
+
+def test_what_a_full_disk_cut_short_is_not_part_of_the_object(store, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[:4])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    partial = store.partial()
+    partial.append([b"first,"])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(partial.path), "open", lambda path, mode, buffering=-1: Full(path, mode))
+        with pytest.raises(OSError, match="No space"):
+            partial.append([b"second,"])
+    partial.append([b"end"])
+    assert store.put("bucket", "resumed", partial, {})["size"] == "9"
+    resource, file = store.open("bucket", "resumed")
+    with file:
+        assert file.read() == b"first,end"
+    assert resource["crc32c"] == crc32c(b"first,end")
 
 
 def test_a_copy_takes_content_and_description_along(bucket, storage_client):

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from email.message import Message
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from helpers.local_cloud.front.certificates import make_certificate, server_cont
 from helpers.local_cloud.front.environment import no_proxy
 from helpers.local_cloud.front.http_server import Request, Router
 from helpers.local_cloud.front.proxy import alpn_protocols, is_google_host
+from helpers.local_cloud.front.upstream import Upstream
 
 PROXY_VARIABLES = [
     name for word in ("http", "https", "all", "no") for name in (f"{word}_proxy", f"{word.upper()}_PROXY")
@@ -92,6 +94,62 @@ def ask_proxy(environment: dict[str, str], request: str) -> tuple[socket.socket,
     while not head.endswith(b"\r\n\r\n") and (data := connection.recv(1)):
         head += data
     return connection, head.decode()
+
+
+# Malformed requests
+
+
+def send_raw(cloud, head: str, body: bytes = b"") -> bytes:
+    """Sends bytes to the HTTPS server, through the proxy; returns the whole answer."""
+    connection, _ = ask_proxy(cloud.environment, "CONNECT storage.googleapis.com:443")
+    tls = ssl.create_default_context(cafile=cloud.environment["SSL_CERT_FILE"])
+    with connection, tls.wrap_socket(connection, server_hostname="storage.googleapis.com") as encrypted:
+        encrypted.settimeout(20)
+        encrypted.sendall(head.replace("\n", "\r\n").encode("latin-1") + body)
+        answer = b""
+        while data := encrypted.recv(65536):
+            answer += data
+        return answer
+
+
+POST = "POST /storage/v1/b?project=p HTTP/1.1\nHost: storage.googleapis.com\nConnection: close\n"
+LIST = "GET /storage/v1/b/malformed/o?{} HTTP/1.1\nHost: storage.googleapis.com\nConnection: close\n\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        ("GET http://[x/ HTTP/1.1\nHost: storage.googleapis.com\n\n", b""),
+        (POST + "Content-Length: -5\n\n", b""),
+        (POST + "Content-Length: 5x\n\n", b"12345"),
+        (POST + "Content-Length: 5\nContent-Length: 6\n\n", b"123456"),
+        (POST + "Transfer-Encoding: chunked\n\n", b"-1\r\n\r\n"),
+        (POST + "Transfer-Encoding: chunked\n\n", b"fffffffffffffff\r\nabc"),
+        (POST + "Transfer-Encoding: chunked\nContent-Length: 5\n\n", b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n"),
+        (POST + "Content-Length: 100000\n\n", b"[" * 100_000),
+        (POST + "Content-Length: 14\n\n", b'{"name": ["x"]}'[:14]),
+        (POST + "Content-Length: 30\n\n", b'{"name":"abc","location":[1]} '),
+        (LIST.format("maxResults=" + "9" * 5000), b""),
+        (LIST.format("pageToken=zz"), b""),
+        (LIST.format("matchGlob=" + "a" * 2000), b""),
+        (LIST.format("prefix=%ff"), b""),
+    ],
+)
+def test_a_malformed_request_is_answered_with_400(head, body, cloud, storage_client):
+    if not storage_client.lookup_bucket("malformed"):
+        storage_client.create_bucket("malformed")
+    assert send_raw(cloud, head, body).split(b"\r\n")[0] == b"HTTP/1.1 400 Bad Request"
+
+
+def test_a_glob_that_would_backtrack_holds_up_nobody(cloud, bucket):
+    bucket.blob("a" * 900).upload_from_string("x")
+    listing = threading.Thread(target=lambda: list(bucket.list_blobs(match_glob="**a" * 25 + "**b")))
+    listing.start()
+    began = time.monotonic()
+    assert bucket.exists()
+    assert time.monotonic() - began < 5
+    listing.join(20)
+    assert not listing.is_alive()
 
 
 # Google's hosts
@@ -185,6 +243,49 @@ def test_plain_http_to_googles_hosts_is_refused(cloud, url):
     answer = requests.get(url, headers={"Metadata-Flavor": "Google"}, timeout=10)
     assert answer.status_code == 403
     assert "plain HTTP" in answer.text
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "169.254.169.254",
+        "2852039166",
+        "0xa9fea9fe",
+        "0251.0376.0251.0376",
+        "169.254.43518",
+        "[::ffff:169.254.169.254]",
+        "[::ffff:a9fe:a9fe]",
+        "[64:ff9b::a9fe:a9fe]",
+        "[2002:a9fe:a9fe::1]",
+        "[fd20:ce::254]",
+        "169.254.170.2",
+        "[fe80::1]",
+    ],
+)
+def test_no_spelling_of_a_metadata_servers_address_gets_out(host, no_user_proxy, tmp_path):
+    with launch(tmp_path) as online:
+        for request in (f"GET http://{host}/computeMetadata/v1/", f"CONNECT {host}:80"):
+            connection, head = ask_proxy(online.environment, request)
+            connection.close()
+            # A tunnel to Google's own metadata server ends on this machine.
+            assert head.startswith(("HTTP/1.1 403 refused", "HTTP/1.1 200 Connection established")), head
+            assert request.startswith("CONNECT") or "403" in head
+
+
+def test_a_host_whose_name_leads_to_a_metadata_server_is_refused(monkeypatch):
+    def resolve(host, port, **kwargs):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("169.254.169.254", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(OSError, match="own credentials"):
+        Upstream({}).connect("http", "innocent.example", 80)
+
+
+def test_the_proxy_does_not_call_itself(cloud):
+    port = cloud.environment["HTTPS_PROXY"].rpartition(":")[2]
+    connection, head = ask_proxy(cloud.environment, f"CONNECT 127.0.0.1:{port}")
+    connection.close()
+    assert head.startswith("HTTP/1.1 403 refused 127.0.0.1: this is the proxy itself")
 
 
 def test_who_asks_the_metadata_server_directly_finds_none(cloud):

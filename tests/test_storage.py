@@ -123,6 +123,7 @@ def test_what_is_stored_compressed_is_read_as_googles_client_reads_it(bucket, tm
     assert (tmp_path / "file").read_bytes() == content
     storage.download_folder(f"gs://{bucket.name}/folder", tmp_path / "folder")
     assert (tmp_path / "folder" / "tokenizer.json").read_bytes() == content
+    blob.content_encoding = "gzip"
     blob.upload_from_string(b"not compressed")
     with pytest.raises(StorageError, match="not what its encoding says"):
         storage.download(path, tmp_path / "other")

@@ -23,8 +23,6 @@ def check(job: Any) -> None:
         raise invalid_argument("job_spec.worker_pool_specs is empty.")
     if len(pools) > 1 or pools[0].replica_count > 1:
         raise unimplemented("a custom job with more than one replica.")
-    if job.job_spec.persistent_resource_id:
-        raise unimplemented("persistent resources.")
     pool = pools[0]
     if not pool.machine_spec.machine_type:
         raise invalid_argument("worker_pool_specs[0].machine_spec.machine_type is missing.")
