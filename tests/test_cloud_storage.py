@@ -491,10 +491,12 @@ def test_calls_that_are_not_imitated_are_named(call, bucket):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("default_kms_key_name", "projects/p/locations/us/keyRings/r/cryptoKeys/k"),
+        ("default_kms_key_name", KEY),
         ("versioning_enabled", True),
-    ]
-    + [("default_event_based_hold", True), ("retention_period", 5), ("hierarchical_namespace_enabled", True)],
+        ("default_event_based_hold", True),
+        ("retention_period", 5),
+        ("hierarchical_namespace_enabled", True),
+    ],
 )
 def test_settings_of_a_bucket_that_would_be_ignored_are_refused(name, value, storage_client):
     new = storage_client.bucket("with-settings")

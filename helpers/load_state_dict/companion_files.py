@@ -20,9 +20,27 @@ GENERATION_CONFIG = "generation_config.json"
 
 def files_to_copy(checkpoint_folder: str | Path) -> list[str]:
     """The names, relative to a checkpoint's folder, of what a worker needs besides the weights: by their
-    endings, and by the names that the class of its tokenizer reads."""
+    endings, and by the names that the class of its tokenizer reads.
+
+    Raises:
+        CheckpointError: one of them is a link that leads out of the folder.
+    """
     folder = Path(checkpoint_folder)
-    return sorted({*companion_files(folder), *_tokenizer_files(folder)})
+    names = sorted({*companion_files(folder), *_tokenizer_files(folder)})
+    for name in names:
+        _check_place(folder, name)
+    return names
+
+
+def _check_place(folder: Path, name: str) -> None:
+    """Refuses a link that leads out of the checkpoint: what it leads to would be copied, and uploaded."""
+    root, file = folder.resolve(), (folder / name).resolve()
+    # The hub's cache has links from snapshots/REVISION/NAME to blobs/HASH.
+    places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(file.is_relative_to(place) for place in places):
+        raise CheckpointError(
+            f"{folder / name} is a link to {file}, outside of the checkpoint: put a copy of the file there"
+        )
 
 
 def write_companion_files(

@@ -79,6 +79,16 @@ def plain_path(bucket_folder: Path, name: str) -> Path | None:
     return path if len(os.fsencode(path)) <= MAX_PATH_BYTES else None
 
 
+def file_of(storage_root: Path, uri: str) -> Path | None:
+    """The file of an object, gs://BUCKET/NAME; None if there is none, or its name reads like no path."""
+    bucket, _, name = uri.removeprefix("gs://").partition("/")
+    try:
+        path = plain_path(storage_root / check_bucket_name(bucket), name)
+    except HttpError:
+        return None
+    return path if uri.startswith("gs://") and path and path.is_file() else None
+
+
 def file_name(name: str) -> str:
     """A single file name for any object's name, readable if it is short enough."""
     quoted = quote(name, safe=" ")

@@ -37,6 +37,7 @@ import grpc
 from google.cloud.dataflow_v1beta3.types import environment as environment_types
 from google.cloud.dataflow_v1beta3.types import jobs, messages, metrics
 
+from ..cloud_storage.names import file_of
 from ..front.grpc_service import add_service, already_exists, failed_precondition, invalid_argument, not_found
 from ..front.labels import check_labels
 from .fields import TABLES
@@ -260,7 +261,7 @@ class Dataflow:
             raise invalid_argument(
                 "The job has no staged pipeline: the local cloud runs only what Beam's Python SDK submits."
             )
-        if not (self._storage_root / url.removeprefix("gs://")).is_file():
+        if file_of(self._storage_root, url) is None:
             raise invalid_argument(f"The staged pipeline {url} does not exist.")
 
 

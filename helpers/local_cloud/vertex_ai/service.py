@@ -36,6 +36,7 @@ from google.cloud.aiplatform_v1.types import job_service, job_state
 from google.longrunning import operations_pb2
 from google.protobuf import empty_pb2
 
+from ..cloud_storage.names import file_of
 from ..front.grpc_service import add_service, failed_precondition, not_found
 from ..front.labels import check_labels
 from ..processes import sandbox
@@ -266,8 +267,8 @@ class VertexAI:
         return f"{mount}/"
 
     def _staged_file(self, uri: str) -> Path:
-        path = self._storage_root / uri.removeprefix("gs://")
-        if not uri.startswith("gs://") or not path.is_file():
+        path = file_of(self._storage_root, uri)
+        if path is None:
             raise CommandFailedError(f"The package {uri} does not exist in Cloud Storage.")
         return path
 
