@@ -21,12 +21,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..front.accounts import PROJECT_NUMBER
+from ..front.fields import says_nothing
 from ..front.http_server import HttpError
 from ..processes.scratch import Scratch
 from .names import check_bucket_name
 from .preconditions import Preconditions
 
+# https://cloud.google.com/storage/docs/locations
 MULTI_REGIONS = ("US", "EU", "ASIA")
+DUAL_REGIONS = ("ASIA1", "EUR4", "EUR5", "EUR7", "EUR8", "NAM4")
+ACCESS_PREVENTIONS = (None, "inherited", "unspecified", "enforced")
 READ_ONLY = ("kind", "id", "name", "selfLink", "projectNumber", "locationType", "metageneration", "etag")
 READ_ONLY += ("timeCreated", "updated")
 # The types of what a client may set; every other is an object.
@@ -168,8 +172,14 @@ class BucketStore:
 
     def _write(self, bucket: str, resource: dict) -> dict:
         resource["location"] = str(resource["location"]).upper()
-        multi = resource["location"] in MULTI_REGIONS
-        resource["locationType"] = "multi-region" if multi else "region"
+        if resource["location"] in DUAL_REGIONS or resource.get("customPlacementConfig"):
+            resource["locationType"] = "dual-region"
+        else:
+            resource["locationType"] = "multi-region" if resource["location"] in MULTI_REGIONS else "region"
+        if resource["locationType"] != "region":
+            resource.setdefault("rpo", "DEFAULT")
+        if not says_nothing(resource.get("softDeletePolicy")):
+            resource["softDeletePolicy"].setdefault("effectiveTime", timestamp())
         resource["etag"] = etag(resource["metageneration"])
         self.write_json(self._file(bucket), resource)
         return resource
@@ -205,6 +215,9 @@ def _check_types(fields: dict) -> None:
         is_wrong = not isinstance(value, wanted)
         if is_wrong or (name == "labels" and not all(isinstance(label, str) for label in value.values())):
             raise HttpError(400, f"Invalid value for {name}: {str(value)[:100]!r}.", "invalid")
+    prevention = (fields.get("iamConfiguration") or {}).get("publicAccessPrevention")
+    if prevention not in ACCESS_PREVENTIONS:
+        raise HttpError(400, f"Invalid value for publicAccessPrevention: {prevention!r}.", "invalid")
 
 
 def _remove_empty(folder: Path) -> bool:

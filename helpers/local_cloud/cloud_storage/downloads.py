@@ -5,6 +5,7 @@ import re
 from ..front.http_server import HttpError, Request, Response
 from .object_store import ObjectStore
 from .preconditions import Preconditions
+from .resource import DEFAULT_CONTENT_TYPE
 
 
 def media(
@@ -18,17 +19,17 @@ def media(
     try:
         check_generation(resource, request.query.get("generation"))
         conditions.check(resource, reading=True)
-        size = int(resource["size"])
+        size, content_type = int(resource["size"]), resource.get("contentType", DEFAULT_CONTENT_TYPE)
         headers = _headers(resource)
         start, end = _range(request.headers.get("Range", ""), size)
         if start is None:
-            return Response(b"", 200, headers, resource["contentType"], file, size)
+            return Response(b"", 200, headers, content_type, file, size)
         if start >= size:
             file.close()
             return Response(b"", 416, headers | {"Content-Range": f"bytes */{size}"})
         file.seek(start)
         headers["Content-Range"] = f"bytes {start}-{end}/{size}"
-        return Response(b"", 206, headers, resource["contentType"], file, end - start + 1)
+        return Response(b"", 206, headers, content_type, file, end - start + 1)
     except BaseException:
         file.close()
         raise

@@ -4,7 +4,8 @@ effect; every other is refused by name."""
 from ..front.fields import REFUSED, Fields, fields, refused_in_json, says_nothing
 from ..front.http_server import Handler, HttpError, Request, Response
 
-# Whole resources are sent, whatever parts of them are asked for, and nothing is billed or authorized.
+# Whole resources are sent, whatever parts of them are asked for, and nothing is billed or authorized. There
+# are no ACLs, which a full projection would show: that one is refused.
 _COMMON_IDLE = (
     "fields projection prettyPrint quotaUser userIp key userProject provisionalUserProject access_token "
     "oauth_token $.xgafv upload_protocol"
@@ -119,7 +120,9 @@ def check_query(request: Request, table: Fields, call: str) -> None:
     """Raises HttpError 501 for a parameter that says something and would be ignored."""
     for name, value in request.query.items():
         is_idle = name in _SIGNATURE or name.startswith("X-Goog-") or (value != "" and says_nothing(value))
-        if table.of(name) == REFUSED and not is_idle:
+        # Google's client asks for a full projection with every change, and looks at it only in reads.
+        asks_for_acl = (name, value) == ("projection", "full") and call.endswith((".get", ".list"))
+        if (table.of(name) == REFUSED and not is_idle) or asks_for_acl:
             raise _refused(f"The parameter {name} of {call}")
 
 

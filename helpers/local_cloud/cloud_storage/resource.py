@@ -23,7 +23,9 @@ TEXT_FIELDS = (
 
 
 def new(bucket: str, name: str, generation: int, content: Checksums, own: dict) -> dict:
-    """The resource of a new generation of an object; own: the client's fields, from `writable`."""
+    """The resource of a new generation of an object; own: the client's fields, from `writable`.
+
+    An object that is composed of others has no content type unless it is given one."""
     now = timestamp()
     path = f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}"
     resource = {
@@ -49,6 +51,7 @@ def new(bucket: str, name: str, generation: int, content: Checksums, own: dict) 
         resource["md5Hash"] = content.md5
     if content.components:
         resource["componentCount"] = content.components
+        del resource["contentType"]
     return resource | own
 
 
@@ -59,7 +62,8 @@ def changed(resource: dict, change: Callable[[dict], dict]) -> dict:
     metageneration = int(resource["metageneration"]) + 1
     return (
         rest
-        | {"contentType": DEFAULT_CONTENT_TYPE, "storageClass": "STANDARD"}
+        | ({"contentType": DEFAULT_CONTENT_TYPE} if "contentType" in resource else {})
+        | {"storageClass": "STANDARD"}
         | writable(change(own))
         | {
             "metageneration": str(metageneration),
