@@ -122,6 +122,14 @@ def place(storage_client, ready, name: str, *, data: bytes | None = None, config
     return other
 
 
+def test_an_image_with_another_python_is_a_miss(ready):
+    here = f"py3{sys.version_info.minor}"
+    assert misses(preflight(**ready, image=f"r/p/worker-cpu:{here}-0123456789ab")) == []
+    assert misses(preflight(**ready, image="gcr.io/p/mine:latest")) == []
+    miss = only_miss(ready, image="r/p/worker-cpu:py39-0123456789ab")
+    assert "Python 3.9, and this is Python 3." in miss.detail
+
+
 def test_a_companion_file_of_another_version_is_a_miss(ready, storage_client):
     path = place(storage_client, ready, "mixed")
     bucket, name = parse(f"{companion_folder(path)}/tokenizer.json")

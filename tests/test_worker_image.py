@@ -13,12 +13,14 @@ import pytest
 from google.cloud.devtools import cloudbuild_v1
 from packaging.requirements import Requirement
 
+from helpers.dataflow import worker_image
 from helpers.dataflow.worker_image import (
     WORKER,
     ImageError,
     build_image,
     build_request,
     main,
+    python_of,
     requirements,
     source_archive,
 )
@@ -31,7 +33,13 @@ REQUIREMENTS = (WORKER / "requirements.txt").read_text()
 
 
 def pins(text: str) -> dict[str, str]:
-    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, re.MULTILINE))
+    """The versions in constraints, as they hold for the Python that runs this."""
+    found = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
+    return {
+        one.name: next(iter(one.specifier)).version
+        for one in found
+        if one.marker is None or one.marker.evaluate()
+    }
 
 
 def argument(name: str) -> str:
@@ -115,3 +123,27 @@ def test_the_local_cloud_says_that_it_builds_no_images(cloud, bucket):
     with pytest.raises(ImageError, match="Submit the job without one"):
         build_image(project=cloud.project, location="us-central1", bucket=bucket.name, variant="gpu")
     assert not list(bucket.list_blobs()), "nothing of it stays in the bucket"
+
+
+@pytest.mark.parametrize(
+    ("image", "python"),
+    [
+        ("us-central1-docker.pkg.dev/p/streaming-llm/worker-cpu:py311-0123456789ab", "3.11"),
+        ("us-central1-docker.pkg.dev/p/streaming-llm/worker-gpu:py313-0123456789ab", "3.13"),
+        ("apache/beam_python3.12_sdk:2.77.0", "3.12"),
+        ("gcr.io/p/mine:latest", None),
+    ],
+)
+def test_an_images_name_tells_its_python(image, python):
+    assert python_of(image) == python
+
+
+def test_an_image_is_built_for_the_python_that_submits(monkeypatch):
+    built = {}
+    monkeypatch.setattr(worker_image, "_upload", lambda *_: None)
+    monkeypatch.setattr(worker_image.storage, "delete", lambda *_: None)
+    monkeypatch.setattr(worker_image, "_run_build", lambda *arguments: built.update(arguments[4]))
+    monkeypatch.setattr(worker_image, "python_here", lambda: "3.13")
+    image = build_image(project="p", location="us-central1", bucket="b", torch_index_url="https://index")
+    assert built["PYTHON_VERSION"] == "3.13"
+    assert python_of(image) == "3.13"

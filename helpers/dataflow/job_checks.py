@@ -20,7 +20,7 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
-from helpers.dataflow import job_options
+from helpers.dataflow import job_options, worker_image
 from helpers.dataflow.cloud_checks import (
     MISS,
     SKIPPED,
@@ -61,6 +61,7 @@ def preflight(
     dead_letter_topic: str | None = None,
     job_name: str | None = None,
     machine_type: str | None = None,
+    image: str | None = None,
     **options: Any,
 ) -> list[Finding]:
     """Checks everything that a job needs; the arguments mean what they mean for `helpers.dataflow.submit`.
@@ -92,6 +93,8 @@ def preflight(
     findings += manifest_findings
     if manifest:
         findings += _machine(state_dict_path, manifest, machine_type, answering)
+    if image:
+        findings.append(_image(image))
     if job_name:
         findings += _job_name(project, location, job_options.valid_job_name(job_name))
     return findings
@@ -180,6 +183,20 @@ def _machine(
         yield Finding(subject, detail=f"{needed / 1e9:.1f} of {usable / 1e9:.1f} GB")
 
 
+def _image(image: str) -> Finding:
+    subject, here, there = f"image {image}", worker_image.python_here(), worker_image.python_of(image)
+    if there is None:
+        return Finding(subject, SKIPPED, f"its name does not tell whether it has Python {here}, as it must")
+    if there != here:
+        return Finding(
+            subject,
+            MISS,
+            f"it has Python {there}, and this is Python {here}: its workers could not read the pipeline",
+            f"submit from Python {there}, or build one here: python -m helpers.dataflow image build",
+        )
+    return Finding(subject, detail=f"Python {there}, as here")
+
+
 def _job_name(project: str, location: str, name: str) -> Iterator[Finding]:
     subject = f"job name {name}"
     try:
@@ -221,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             temp_location=cloud.temp_location,
             job_name=cloud.job_name,
             machine_type=worker.machine_type,
+            image=worker.sdk_container_image,
         )
         for finding in findings:
             print(f"{finding.result:8}{finding.subject}  {finding.detail}".rstrip())

@@ -79,7 +79,9 @@ def build_image(
         timeout_minutes: minutes after which Cloud Build gives up.
 
     Returns:
-        The image's name, for `--sdk_container_image`; its tag is a hash of what it was built from.
+        The image's name, for `--sdk_container_image`. It has the Python version of whoever builds it, as jobs
+        need it that are submitted from there; its tag names that version, and holds a hash of what the image
+        was built from.
 
     Raises:
         ImageError: the arguments are invalid, or Cloud Build cannot build the image.
@@ -91,9 +93,10 @@ def build_image(
             "The CPU image needs torch_index_url, the package index of torch without CUDA: PyTorch's "
             "installation page (pytorch.org/get-started) names it for Linux, pip, CPU."
         )
-    arguments = {"VARIANT": variant, "TORCH_INDEX_URL": torch_index_url}
+    arguments = {"PYTHON_VERSION": python_here(), "VARIANT": variant, "TORCH_INDEX_URL": torch_index_url}
     archive = source_archive()
-    tag = hashlib.sha256(archive + repr(arguments).encode()).hexdigest()[:12]
+    content = hashlib.sha256(archive + repr(arguments).encode()).hexdigest()[:12]
+    tag = f"py{python_here().replace('.', '')}-{content}"
     image = f"{location}-docker.pkg.dev/{project}/{repository}/worker-{variant}:{tag}"
     source = f"worker_image/{tag}.tar.gz"
     try:
@@ -124,6 +127,19 @@ def build_image(
     finally:
         storage.delete(f"gs://{bucket}/{source}")
     return image
+
+
+def python_here() -> str:
+    """The Python version, such as "3.11", that the workers of a job must have which is submitted from here:
+    Beam refuses to run a pipeline that another version has built."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def python_of(image: str) -> str | None:
+    """The Python version of an image that `build_image` or Beam has named; None if its name does not tell."""
+    if match := re.search(r"(?::py|beam_python)(3)\.?(\d+)(?:-|_sdk)", image):
+        return f"{match[1]}.{match[2]}"
+    return None
 
 
 def build_request(
@@ -198,8 +214,12 @@ def requirements(dependencies: Iterable[str], constraints: str) -> str:
 
 def _pins(constraints: str) -> Iterator[tuple[str, str]]:
     for line in constraints.splitlines():
-        if match := re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)(?:\s.*)?", line.strip()):
-            yield canonicalize_name(match[1]), match[2]
+        if not (text := line.partition("#")[0].strip()):
+            continue
+        pin = Requirement(text)
+        if pin.marker is None or pin.marker.evaluate(WORKER_PLATFORM):
+            (version,) = (one.version for one in pin.specifier)
+            yield canonicalize_name(pin.name), version
 
 
 def _is_for_workers(requirement: Requirement, extras: set[str]) -> bool:
