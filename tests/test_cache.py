@@ -39,10 +39,13 @@ def test_a_link_is_refused(tmp_path):
 
 
 @as_root
-@pytest.mark.parametrize(("mode", "is_fine"), [(0o777, False), (0o1777, True), (0o755, True)])
-def test_a_folder_whose_place_others_can_change_is_refused(mode, is_fine, tmp_path):
+@pytest.mark.parametrize(
+    ("owner", "mode", "is_fine"),
+    [(0, 0o777, False), (0, 0o1777, True), (0, 0o755, True), (NOBODY, 0o755, False)],
+)
+def test_a_folder_whose_place_others_can_change_is_refused(owner, mode, is_fine, tmp_path):
     (tmp_path / "shared").mkdir()
-    os.chown(tmp_path / "shared", NOBODY, NOBODY)
+    os.chown(tmp_path / "shared", owner, owner)
     (tmp_path / "shared").chmod(mode)
     if is_fine:
         private_folder(tmp_path / "shared" / "folder")

@@ -768,6 +768,7 @@ def test_listing_by_glob(tree):
         ("a,b}", ["a,b}"], ["a"]),
         ("**/foobar", ["foobar", "foo/foobar", "a/b/foobar"], ["xfoobar", "foo/xfoobar"]),
         ("a/**/b", ["a/b", "a/x/b"], ["ab", "a/xb"]),
+        ("{**/a.txt,b}", ["a.txt", "x/a.txt", "b"], ["xa.txt"]),
         ("foo**bar", ["foobar", "foo/bar"], ["foo/ba"]),
         ("{,a}b", ["b", "ab"], ["aab"]),
         ("{a{b,c},d}", ["ab", "ac", "d"], ["a", "abd"]),

@@ -7,9 +7,12 @@ import os
 import random
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
 
@@ -278,3 +281,28 @@ def test_two_conversions_on_one_machine_exclude_each_other(models, tmp_path):
         convert(models["one"], tmp_path / "m.pt", progress=False)
     convert(models["one"], tmp_path / "m.pt", progress=False)
     assert not list(tmp_path.glob("*.lock"))
+
+
+def test_who_converts_at_the_same_time_to_the_same_path_waits_and_finds_it_done(
+    bucket, models, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    path = f"gs://{bucket.name}/m.pt"
+    upload = storage.upload
+
+    def slowly(file, target, *args, **kwargs):
+        if str(target) == path:
+            time.sleep(2)
+        return upload(file, target, *args, **kwargs)
+
+    monkeypatch.setattr(storage, "upload", slowly)
+    first = threading.Thread(target=convert, args=(models["one"], path), kwargs={"progress": False})
+    first.start()
+    wait_until(lambda: list((tmp_path / "xdg").rglob("upload.lock")), "the first one did not begin", 30)
+    manifest = convert(models["one"], path)
+    first.join()
+    assert manifest == read_manifest(path)
+    said = capsys.readouterr().out
+    assert "waiting until it has ended" in said
+    assert "Nothing to do" in said
+    assert list((tmp_path / "xdg" / "streaming-llm" / "conversions").iterdir()) == []

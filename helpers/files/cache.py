@@ -26,7 +26,7 @@ def private_folder(folder: str | Path) -> Path:
         folder: the folder, which is made with those above it.
 
     Raises:
-        CacheError: another user owns the folder, or could put another one in its place.
+        CacheError: another user owns the folder, or the one above it, and could put another in its place.
         OSError: it cannot be made.
     """
     folder = Path(folder)
@@ -39,7 +39,7 @@ def private_folder(folder: str | Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise CacheError(f"{folder} is not a folder of this user's own, and may hold anything: {advice}")
     is_open = above.st_mode & 0o022 and not above.st_mode & stat.S_ISVTX
-    if above.st_uid != os.geteuid() and (is_open or (above.st_uid and os.geteuid())):
+    if is_open or above.st_uid not in (0, os.geteuid()):
         raise CacheError(f"Others can replace what is in {folder.parent}: {advice}")
     if found.st_mode & 0o022:
         folder.chmod(0o700)

@@ -142,10 +142,9 @@ def upload(
     overwrite: bool = False,
     progress: Progress | None = None,
     before: Callable[[], None] | None = None,
+    skip_identical: bool = True,
 ) -> None:
     """Copies a local file to `path`, where it appears whole and checked or not at all.
-
-    An identical file or object at `path` is left as it is.
 
     Args:
         local_file: the file to copy.
@@ -153,7 +152,8 @@ def upload(
         overwrite: whether to replace another file at `path`. This replaces only what is there when the call
             begins, not an object that comes meanwhile.
         progress: called as bytes are moved.
-        before: called once it is known what would be replaced, and before that; to stop, it raises.
+        before: called once it is known what would be replaced, and before it is; to stop, it raises.
+        skip_identical: whether to leave an identical file or object at `path` as it is.
 
     Raises:
         FileExistsError: there is another file at `path`, and `overwrite` is False.
@@ -164,7 +164,7 @@ def upload(
     if not is_cloud(path):
         if before:
             before()
-        if Path(path).is_file() and size_and_crc32c(path) == content:
+        if skip_identical and Path(path).is_file() and size_and_crc32c(path) == content:
             return None
         if Path(path).exists() and not overwrite:
             raise _exists_already(path)
@@ -173,7 +173,7 @@ def upload(
         found = _lookup(path)
         if before:
             before()
-        if found and (found.size, found.crc32c) == content:
+        if skip_identical and found and (found.size, found.crc32c) == content:
             return delete_parts(found, found.size)
         if found and not overwrite:
             raise _exists_already(path)
@@ -242,19 +242,28 @@ def check_writable(path: str | os.PathLike) -> None:
         raise PermissionError(f"no permission for {path} ({', '.join(missing)}): {_grant(bucket)}")
 
 
-def delete(path: str | os.PathLike) -> None:
+def delete(path: str | os.PathLike, before: Callable[[], None] | None = None) -> None:
     """Deletes a file or an object, if there is one.
+
+    Args:
+        path: the file or object. Of an object, what is there when the call begins is deleted, and not one
+            that comes meanwhile.
+        before: called once it is known what would be deleted, and before it is; to stop, it raises.
 
     Raises:
         FileNotFoundError: the bucket does not exist.
         PermissionError, StorageError: as `read_bytes`.
     """
     if not is_cloud(path):
+        if before:
+            before()
         Path(path).unlink(missing_ok=True)
         return
     with _explained(path):
         if blob := _lookup(path):
-            _delete_if_there(blob)
+            if before:
+                before()
+            _delete_if_there(blob, blob.generation)
 
 
 def _client() -> "Client":
@@ -291,11 +300,11 @@ def _lookup(path: str | os.PathLike) -> "Blob | None":
     return blob
 
 
-def _delete_if_there(blob: "Blob") -> None:
-    from google.api_core.exceptions import NotFound
+def _delete_if_there(blob: "Blob", generation: int | None = None) -> None:
+    from google.api_core.exceptions import NotFound, PreconditionFailed
 
-    with suppress(NotFound):
-        blob.delete()
+    with suppress(NotFound, PreconditionFailed):
+        blob.delete(if_generation_match=generation)
 
 
 def _copy(source: Path, target: str | os.PathLike, progress: Progress | None) -> None:

@@ -160,7 +160,7 @@ def upload_object(
 
 
 def delete_parts(blob: "Blob", size: int) -> None:
-    """Deletes what interrupted uploads of `size` bytes to an object may have left."""
+    """Deletes the parts of an object of `size` bytes, also those that interrupted uploads have left."""
     if size <= PART_BYTES:
         return
     for part in blob.client.list_blobs(blob.bucket, prefix=f"{blob.name}.parts/"):

@@ -55,7 +55,6 @@ def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterato
     """
     path, partial = Path(path), partial_path(path)
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         file = _open_locked(partial, wait_seconds)
     try:
         file.truncate(0)
@@ -75,24 +74,36 @@ def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterato
 
 
 @contextmanager
-def only_writer(path: str | os.PathLike) -> Iterator[None]:
+def only_writer(path: str | os.PathLike, wait_seconds: float = 0) -> Iterator[None]:
     """Keeps other processes of this machine from writing what belongs to `path`, for as long as the block
     takes: for files that are written one after the other, and must come from one writer.
 
+    Args:
+        path: what is written. Its folder is created.
+        wait_seconds: how long to wait for another process that is within such a block.
+
     Raises:
-        FileBusyError: another process is within such a block.
+        FileBusyError: another process still was within such a block.
         OSError: the folder cannot be made or written to.
     """
     path = Path(path)
     lock = path.with_name(f"{path.name}.lock")
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(lock, 0)
+        file = _open_locked(lock, wait_seconds)
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)  # before it is released: whoever waits for it sees that it is gone
         file.close()
+
+
+def is_busy(path: str | os.PathLike) -> bool:
+    """Whether another process is within a block of `only_writer` for `path`."""
+    try:
+        with only_writer(path):
+            return False
+    except FileBusyError:
+        return True
 
 
 @contextmanager
@@ -110,6 +121,7 @@ def _explained(path: Path) -> Iterator[None]:
 def _open_locked(partial: Path, wait_seconds: float) -> BinaryIO:
     deadline = time.monotonic() + wait_seconds
     while True:
+        partial.parent.mkdir(parents=True, exist_ok=True)  # whoever had the lock may have removed it
         file = open(  # noqa: SIM115 - whole_or_absent closes it
             partial, "r+b", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o666)
         )

@@ -12,18 +12,23 @@ import hashlib
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from helpers.files import storage
 from helpers.files.cache import cache_folder, private_folder
-from helpers.files.whole_file import only_writer, whole_or_absent
+from helpers.files.whole_file import FileBusyError, is_busy, only_writer, whole_or_absent
 from helpers.load_state_dict import versions
 from helpers.load_state_dict.manifest import Manifest, companion_folder, read_manifest
 from helpers.models import resolve
 from helpers.models.checkpoint_files import checkpoint_files, companion_files, is_weights
 from helpers.models.dtypes import DTYPES
+
+WAIT_SECONDS = 3600
+"""How long to wait for another process that converts to the same path in Cloud Storage, such as a second
+notebook that was started at the same time."""
 
 
 def convert(
@@ -67,7 +72,8 @@ def convert(
     source = fingerprint(checkpoint or model_name)
     if manifest := state_dict_in_place(path, model_name, dtype, source, overwrite, progress):
         if storage.is_cloud(path) and work_folder(path).exists():  # of a conversion that was interrupted
-            _delete_work(path)
+            with suppress(FileBusyError), only_writer(work_folder(path) / "upload"):
+                _delete_work(path)
         return manifest
     if storage.is_cloud(path):
         storage.check_writable(path)
@@ -195,7 +201,13 @@ def _convert_to_cloud(
 ) -> Manifest:
     work = private_folder(work_folder(path))
     local = work / path.rpartition("/")[2]
-    with only_writer(work / "upload"):
+    if progress and is_busy(work / "upload"):
+        print(f"Another process of this machine is converting to {path}: waiting until it has ended")
+    with only_writer(work / "upload", WAIT_SECONDS):
+        private_folder(work)  # the other one may have removed it
+        if manifest := state_dict_in_place(path, model_name, dtype, source, overwrite, progress):
+            _delete_work(path)
+            return manifest
         manifest = _in_place(str(local), model_name, dtype, source)
         if manifest:
             versions.finish(local, manifest)
@@ -219,8 +231,10 @@ def _upload(local: Path, path: str, manifest: Manifest, overwrite: bool, progres
         ) as bar:
             storage.upload(local, path, overwrite, bar.update)
     except FileExistsError:
-        storage.delete_folder(staged)
-        raise
+        # Where only the answer to the upload was lost, its repetition is told that the object is there.
+        if not manifest.describes(path):
+            storage.delete_folder(staged)
+            raise
     versions.settle(path, manifest, companions, staged, overwrite)
 
 

@@ -81,6 +81,9 @@ class Manifest:
         Raises:
             FileNotFoundError, PermissionError, StorageError: it could not be read.
         """
+        is_here = not storage.is_cloud(state_dict_path)
+        if is_here and os.path.getsize(state_dict_path) != self.bytes:
+            return False  # without reading it
         return storage.size_and_crc32c(state_dict_path) == (self.bytes, self.crc32c)
 
     def is_of(self, model_name: str | None) -> bool:
@@ -132,7 +135,7 @@ def read_manifest(state_dict_path: str | os.PathLike) -> Manifest:
         PermissionError, StorageError: Cloud Storage could not be queried.
         ValueError: it is not a manifest.
     """
-    seen = None
+    seen: object = ()  # nothing yet, which None is not
     while True:
         settled = settled_manifest(state_dict_path)
         if settled and _is_of_what_is_there(settled, state_dict_path):

@@ -29,6 +29,7 @@ from helpers.load_state_dict.manifest import (
     Manifest,
     companion_folder,
     read_companion,
+    read_manifest,
     settled_manifest,
 )
 
@@ -111,15 +112,17 @@ def settle(
     def replace(file: Path, name: str, check: Callable[[], None]) -> None:
         _replace(file, f"{folder}/{name}", check if is_shared else None)
 
+    def delete(name: str) -> None:
+        storage.delete(f"{folder}/{name}", before=manifest_is_there if is_shared else None)
+
     try:
         with _as_file(manifest) as file:
             replace(file, MANIFEST, weights_are_there)
         for name in manifest.files:
             replace(Path(companions, name), name, manifest_is_there)
-        # Another model was here: its leftover tokenizer files would be taken for this model's.
+        # Another model was here: whoever reads the folder as it is would take its tokenizer for this one's.
         for name in set(before.files if before else ()) - {*manifest.files}:
-            manifest_is_there()
-            storage.delete(f"{folder}/{name}")
+            delete(name)
         if is_shared:
             weights_are_there()
             manifest_is_there()
@@ -157,6 +160,7 @@ def finish(state_dict_path: str | os.PathLike, manifest: Manifest) -> None:
 
     Raises:
         CompanionError: one of its files is nowhere as it should be.
+        ReplacedError: another version has taken its place.
         OSError: as `settle`.
     """
     folder = companion_folder(state_dict_path)
@@ -168,6 +172,8 @@ def finish(state_dict_path: str | os.PathLike, manifest: Manifest) -> None:
                 delete_abandoned(state_dict_path, LOCAL_WRITER)
         return
     with writing(state_dict_path), tempfile.TemporaryDirectory() as copy:
+        if read_manifest(state_dict_path).version != manifest.version:
+            raise replaced(state_dict_path)
         for name in manifest.files:
             file = Path(copy, name)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +226,8 @@ def _replace(file: Path, path: str, check: Callable[[], None] | None) -> None:
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return storage.upload(file, path, overwrite=True, before=check)
+            # Even if it is the same: then another's write, which names what it may replace, comes to nothing.
+            return storage.upload(file, path, overwrite=True, before=check, skip_identical=check is None)
         except ReplacedError:
             raise
         except FileExistsError:

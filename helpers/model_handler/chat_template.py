@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,5 +134,6 @@ def _read(process: subprocess.Popen, answers: queue.Queue[str]) -> None:
 def _end(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):  # what it did not read cannot be written any more
+            pipe.close()

@@ -101,28 +101,27 @@ def _fetch(
         _fetch_companions(state_dict_path, manifest, folder)
         converted = cache / f"{dtype_name(dtype)}.pt"
         if convert and _is_as_made(converted):
-            return _local(converted, folder, manifest)
+            return LocalStateDict(converted, folder, manifest, _stamp(converted))
         in_cloud = storage.is_cloud(state_dict_path)
         file = cache / "model.pt" if in_cloud else Path(state_dict_path)
         if in_cloud and not file.is_file():
             _download(state_dict_path, file, manifest.bytes)
         try:
-            _check(file, manifest, cache / "checked")
+            stamp = _check(file, manifest, cache / "checked")
         except LoadError:
             if in_cloud:
                 file.unlink(missing_ok=True)  # the next try fetches it again: it may be whole by then
             raise
-        if convert:
-            _convert(file, converted, dtype)
-            _stamp_file(converted).write_text(_stamp(converted))
-            if in_cloud:
-                file.unlink()  # the disk of a worker is paid for, and this copy has served its purpose
-            file = converted
-        return _local(file, folder, manifest)
-
-
-def _local(file: Path, folder: Path, manifest: Manifest) -> LocalStateDict:
-    return LocalStateDict(file, folder, manifest, _stamp(file))
+        if not convert:
+            return LocalStateDict(file, folder, manifest, stamp)
+        _convert(file, converted, dtype)
+        if _stamp(file) != stamp:  # it may have been converted from the file that took its place
+            converted.unlink()
+            raise LoadError(f"{file} was replaced while it was being read: try again.")
+        _stamp_file(converted).write_text(_stamp(converted))
+        if in_cloud:
+            file.unlink()  # the disk of a worker is paid for, and this copy has served its purpose
+        return LocalStateDict(converted, folder, manifest, _stamp(converted))
 
 
 def drop_older_copies(state_dict_path: str, crc32c: str, cache_dir: str | Path | None = None) -> None:
@@ -185,8 +184,11 @@ def _logged_progress(total: int):
     return progress
 
 
-def _check(file: Path, manifest: Manifest, checked: Path) -> None:
-    """Checks size and checksum against the manifest; the checksum only once while the file is unchanged."""
+def _check(file: Path, manifest: Manifest, checked: Path) -> str:
+    """Checks size and checksum against the manifest; the checksum only once while the file is unchanged.
+
+    Returns the stamp of the file that was checked.
+    """
     if not file.is_file():
         raise LoadError(f"There is no state dict {file}: make it with `python -m helpers.load_state_dict`.")
     status = file.stat()
@@ -195,15 +197,17 @@ def _check(file: Path, manifest: Manifest, checked: Path) -> None:
             f"{file} is damaged: it has {status.st_size} bytes, but its manifest says {manifest.bytes}. "
             "Make it again with `python -m helpers.load_state_dict`."
         )
-    stamp = f"{file.resolve()} {_stamp(file)}"
-    if checked.is_file() and checked.read_text() == stamp:
-        return
+    stamp = _stamp(file)
+    note = f"{file.resolve()} {stamp}"
+    if checked.is_file() and checked.read_text() == note:
+        return stamp
     if crc32c_of(file) != manifest.crc32c:
         raise LoadError(
             f"{file} is damaged: its checksum differs from its manifest's. Make it again with "
             "`python -m helpers.load_state_dict`."
         )
-    checked.write_text(stamp)
+    checked.write_text(note)
+    return stamp
 
 
 def _stamp(file: Path) -> str:

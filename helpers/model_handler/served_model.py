@@ -55,7 +55,12 @@ class ModelSource:
         while True:
             state_dict = fetch(self.state_dict_path, dtype, self.cache_dir)
             started = time.monotonic()
-            model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
+            try:
+                model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
+            except Exception:
+                if state_dict.is_there():
+                    raise
+                continue  # the file was replaced, or dropped, while it was being loaded
             if state_dict.is_there():
                 break
             del model  # the weights of another version, with this one's tokenizer

@@ -44,7 +44,8 @@ def _answer(answer: dict) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends the process with the one that started it, even while a template is looping."""
+    """Ends the process with the one that started it, even while a template is looping; a single operation
+    that takes long, such as a huge power, is waited for."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

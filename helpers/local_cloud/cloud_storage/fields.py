@@ -99,7 +99,7 @@ _HEADER_PREFIXES = ("x-goog-", "x-amz-")
 HEADERS = fields(
     "x-goog-hash x-goog-if-generation-match x-goog-if-metageneration-match x-goog-custom-time",
     "x-goog-api-client x-goog-user-project x-goog-request-params x-goog-gcs-idempotency-token x-goog-date "
-    "x-goog-request-reason x-goog-content-sha256 x-goog-content-length-range x-goog-storage-class "
+    "x-goog-request-reason x-goog-storage-class "
     "x-goog-api-version x-goog-resumable x-goog-allowed-resources",
 )
 _FREE_HEADERS = ("x-goog-meta-", "x-goog-custom-audit-")  # metadata, and notes for a log that is not here

@@ -84,7 +84,8 @@ class Glob:
             if depth > 20:
                 raise HttpError(400, "Invalid matchGlob: its braces are too deep.", "invalidParameter")
             return self._alternatives(tokens, at + 1, here, depth + 1)
-        if token == "**/" and at and not tokens[at - 1].endswith("/"):
+        begins = at == 0 or tokens[at - 1].endswith("/") or (depth and tokens[at - 1] in ("{", ","))
+        if token == "**/" and not begins:
             here = self._repeat(here, lambda _: True)  # after other characters, it is `**` and then a slash
             return at + 1, self._take(here, lambda c: c == "/")
         if token == "**/":

@@ -68,7 +68,7 @@ class Listing:
             # the last.
             if entry <= last:
                 continue
-            if len(page) == self.limit:
+            if len(page) >= self.limit:
                 page.next_token = encode_token(last)
                 break
             (page.names if at < 0 else page.prefixes).append(entry)

@@ -27,8 +27,8 @@ def is_metadata_server(host: str) -> bool:
 
 
 def is_link_local(host: str) -> bool:
-    """Whether `host` is an address, however written, on this machine's own network link: clouds of every make
-    have their metadata servers there."""
+    """Whether `host` is an address, however written, on this machine's own network link: most clouds have
+    their metadata servers there."""
     address = _address(host)
     return address is not None and (address.is_link_local or address in _METADATA_SERVERS)
 

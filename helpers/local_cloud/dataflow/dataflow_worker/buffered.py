@@ -4,8 +4,9 @@ A message may wait in the pipeline's state for its batch or its window. Dataflow
 acknowledge a message once it is there; here, state lives in the worker and ends with it. So a message counts
 as done once nothing is left, in the pipeline's buffers, of what came into them with it or after it.
 
-Buffers are bags in user state, and what waits to be grouped. Other state (values, combined values, sets)
-sums up messages rather than holding them back. It ends with the worker too, without holding up anything.
+Buffers are bags in user state, and what waits to be grouped. Values, combined values and sets in user state
+are not looked at: most sum up messages, and never become empty. Nor is a bag's content followed when a
+function takes it out and puts something else in: what is put in counts as new.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ from apache_beam.transforms import userstate
 
 _GROUPING = "elements"  # where Beam's trigger driver keeps what waits to be grouped
 _USER = "user/"  # the prefix that the bundle-based runner gives to user state
+
+_Cell = tuple[int, Any, Any, str]  # the place of a transform, a key, a window, a tag
 
 
 class Buffers:
@@ -30,7 +33,7 @@ class Buffers:
         # From upstream to downstream, as the runner numbers its steps.
         order = {transform: n for n, transform in enumerate(evaluation_context._step_names)}
         self._transforms = sorted(self._states, key=lambda transform: order.get(transform, 0))
-        self._held: dict[int, tuple[Any, int, int]] = {}  # by identity: the element, its step, its transform
+        self._held: dict[_Cell, tuple[list[Any], list[int]]] = {}  # elements, and the step of each
 
     def oldest(self, step: int) -> int:
         """The number of the oldest step of which something is still held back.
@@ -44,25 +47,51 @@ class Buffers:
           One of the numbers given so far, or the one after them if nothing is held back.
         """
         with self._lock:
-            found = {id(element): (element, place) for element, place in self._elements()}
-        left = [(place, since) for key, (_, since, place) in self._held.items() if key not in found]
+            found = {cell: list(elements) for cell, elements in self._cells() if elements}
+        released: list[tuple[int, int]] = []  # places, and steps of what has left them
+        moved: dict[tuple[int, Any, int], int] = {}  # steps of what has left, by place, key and identity
+        kept: dict[_Cell, list[int]] = {}
+        for cell, (elements, steps) in self._held.items():
+            if _begins_with(found.get(cell, []), elements):
+                kept[cell] = steps
+                continue
+            place, key = cell[:2]
+            for element, since in zip(elements, steps, strict=True):
+                released.append((place, since))
+                if _merges(self._transforms[place]):
+                    moved[place, key, id(element)] = since
         held = {}
-        for key, (element, place) in found.items():
+        for cell, elements in found.items():
+            place, key = cell[:2]
             # What is new here came with this step's messages, or was released further up during it.
-            since = min([step, *(s for p, s in left if p < place)])
-            if key in self._held:
-                since = self._held[key][1]
-            held[key] = (element, since, place)
+            since = min([step, *(one for where, one in released if where < place)])
+            steps = kept.get(cell, [])
+            new = elements[len(steps) :]
+            held[cell] = (
+                elements,
+                steps + [min(since, moved.get((place, key, id(one)), since)) for one in new],
+            )
         self._held = held
-        return min((since for _, since, _ in held.values()), default=step + 1)
+        return min((min(steps) for _, steps in held.values()), default=step + 1)
 
-    def _elements(self) -> Iterator[tuple[Any, int]]:
+    def _cells(self) -> Iterator[tuple[_Cell, list[Any]]]:
         for place, transform in enumerate(self._transforms):
             tags = _tags(transform)
-            for state in self._states[transform].values():
-                for by_tag in getattr(state, "state", {}).values():
+            for key, state in self._states[transform].items():
+                for window, by_tag in getattr(state, "state", {}).items():
                     for tag in tags & by_tag.keys():
-                        yield from ((element, place) for element in by_tag[tag])
+                        yield (place, key, window, tag), by_tag[tag]
+
+
+def _begins_with(elements: list[Any], before: list[Any]) -> bool:
+    """Whether a buffer was only added to. It is emptied as a whole, so its ends tell."""
+    last = len(before) - 1
+    return len(elements) > last and elements[0] is before[0] and elements[last] is before[last]
+
+
+def _merges(transform: Any) -> bool:
+    """Whether windows may merge in a transform, and their elements move."""
+    return any(one.windowing.windowfn.is_merging() for one in transform.inputs if hasattr(one, "windowing"))
 
 
 def has_other_state(evaluation_context: Any) -> bool:

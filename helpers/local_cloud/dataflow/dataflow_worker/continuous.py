@@ -84,8 +84,8 @@ class _Events(beam_interactive_api_pb2_grpc.TestStreamServiceServicer):
             count = sum(len(batch.elements) for _, batch in self._unacknowledged)
             self._service.message(
                 "WARNING",
-                f"The pipeline has ended with messages in its state. {count} were not acknowledged, and are "
-                "in their subscriptions again.",
+                f"The pipeline has ended with messages in its state: {count} were not acknowledged. They are "
+                "given back to their subscriptions; those of a topic's own subscription go with it.",
             )
             for _, batch in self._unacknowledged:
                 self._intake.give_back(batch)
@@ -158,8 +158,8 @@ def run(pipeline: Any, options: Any, intake: Intake, service: Service) -> None:
     if has_other_state(result._evaluation_context):
         service.message(
             "WARNING",
-            "The pipeline keeps values in its state. Here they are in the worker's memory: one that takes a "
-            "failed worker's place begins without them, where Dataflow would have kept them.",
+            "The pipeline keeps values or sets in its state. Here they are in the worker's memory: what they "
+            "hold of a message is lost if the worker fails, where Dataflow would have kept it.",
         )
     service.running(stateful=True, subscriptions=intake.own_subscriptions)
     try:
