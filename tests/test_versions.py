@@ -20,6 +20,7 @@ from helpers.files import storage
 from helpers.files.whole_file import FileBusyError, only_writer
 from helpers.load_state_dict import CompanionError, ReplacedError, convert, read_manifest, versions
 from helpers.load_state_dict.manifest import companion_folder
+from helpers.model_handler import local_state_dict
 from helpers.model_handler.local_state_dict import fetch
 from helpers.model_handler.served_model import ModelSource, forget, serve
 
@@ -234,6 +235,74 @@ def test_a_version_that_loses_after_its_weights_were_there_says_so(bucket, model
     assert read_manifest(path).model_name == models["other"]
     versions.check_companions(path, read_manifest(path))
     assert not [name for name in names_at(path) if "/versions/" in name]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "config.json"])
+def test_a_write_that_was_held_up_does_not_undo_what_came_meanwhile(
+    name, bucket, models, whole, tmp_path, monkeypatch
+):
+    """One conversion has looked and checked, and is about to write, when the other puts back what was there
+    before, every byte of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    path = f"gs://{bucket.name}/folder/m.pt"
+    convert(models["other"], path, progress=False)
+    upload, done = storage.upload, []
+
+    def held_up(file, target, *args, before=None, **kwargs):
+        def check_and_be_overtaken():
+            before()
+            if not done:
+                done.append(True)
+                with monkeypatch.context() as patch:
+                    patch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+                    convert(models["other"], path, progress=False, overwrite=True)
+
+        is_it = str(target) == f"{companion_folder(path)}/{name}"
+        upload(file, target, *args, before=check_and_be_overtaken if is_it else before, **kwargs)
+
+    monkeypatch.setattr(storage, "upload", held_up)
+    with pytest.raises(ReplacedError):
+        convert(models["one"], path, progress=False, overwrite=True)
+    assert done
+    assert version_at(path, whole, tmp_path / "cache") == "other"
+
+
+def test_an_upload_whose_answer_was_lost_is_not_taken_for_another_ones(
+    bucket, models, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    path = f"gs://{bucket.name}/folder/m.pt"
+    upload = storage.upload
+
+    def lose_the_answer(file, target, *args, **kwargs):
+        upload(file, target, *args, **kwargs)
+        if str(target) == path:
+            raise FileExistsError("the repetition found it there")
+
+    monkeypatch.setattr(storage, "upload", lose_the_answer)
+    convert(models["one"], path, progress=False)
+    assert version_at(path, whole, tmp_path / "cache") == "one"
+
+
+def test_a_file_that_is_replaced_while_it_is_checked_is_not_served_under_the_old_name(
+    models, whole, tmp_path, monkeypatch
+):
+    path = tmp_path / "out" / "m.pt"
+    convert(models["one"], path, progress=False)
+    checksum, done = local_state_dict.crc32c_of, []
+
+    def be_overtaken(file):
+        found = checksum(file)
+        if not done:
+            done.append(True)
+            convert(models["other"], path, progress=False, overwrite=True)
+        return found
+
+    monkeypatch.setattr(local_state_dict, "crc32c_of", be_overtaken)
+    model, manifest = ModelSource(str(path), cache_dir=str(tmp_path / "cache")).load()
+    assert done
+    assert manifest.model_name == models["other"]
+    assert model.tokenizer.chat_template.startswith("OTHER")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja"])

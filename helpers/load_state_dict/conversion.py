@@ -83,8 +83,7 @@ def convert(
             if storage.exists(path) and not overwrite:
                 raise versions.replaced(path)
             manifest = _convert_here(model_name, Path(path), dtype, progress, checkpoint, source)
-    if progress:
-        print(f"Wrote {path}. {describe(manifest)}")
+        _tell(path, manifest, progress)
     return manifest
 
 
@@ -219,7 +218,13 @@ def _convert_to_cloud(
             manifest = _convert_here(model_name, local, dtype, progress, checkpoint, source)
         _upload(local, path, manifest, overwrite, progress)
         _delete_work(path)
+    _tell(path, manifest, progress)
     return manifest
+
+
+def _tell(path: str, manifest: Manifest, progress: bool) -> None:
+    if progress:
+        print(f"Wrote {path}. {describe(manifest)}")
 
 
 def _upload(local: Path, path: str, manifest: Manifest, overwrite: bool, progress: bool) -> None:
