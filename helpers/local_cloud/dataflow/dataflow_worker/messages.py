@@ -127,9 +127,10 @@ class Intake:
             self._leased.get(self._subscriptions[source], set()).difference_update(ack_ids)
 
     def _modify_deadline(self, subscription: str, ack_ids: list[str], seconds: int) -> None:
-        if ack_ids:
+        for start in range(0, len(ack_ids), MAX_REQUEST_MESSAGES):
+            some = ack_ids[start : start + MAX_REQUEST_MESSAGES]
             self._client.modify_ack_deadline(
-                subscription=subscription, ack_ids=ack_ids, ack_deadline_seconds=seconds, timeout=10
+                subscription=subscription, ack_ids=some, ack_deadline_seconds=seconds, timeout=10
             )
 
     def _keep_leases(self) -> None:
