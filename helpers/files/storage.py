@@ -160,15 +160,15 @@ def upload(
         FileNotFoundError: the local file, or the bucket, does not exist.
         PermissionError, StorageError: as `read_bytes`.
     """
-    content = (os.path.getsize(local_file), crc32c_of(local_file))
     if not is_cloud(path):
         if before:
             before()
-        if skip_identical and Path(path).is_file() and size_and_crc32c(path) == content:
+        if skip_identical and Path(path).is_file() and size_and_crc32c(path) == size_and_crc32c(local_file):
             return None
         if Path(path).exists() and not overwrite:
             raise _exists_already(path)
         return _copy(Path(local_file), path, progress)
+    content = size_and_crc32c(local_file)
     with _explained(path):
         found = _lookup(path)
         if before:

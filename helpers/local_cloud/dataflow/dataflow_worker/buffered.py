@@ -33,6 +33,8 @@ class Buffers:
         # From upstream to downstream, as the runner numbers its steps.
         order = {transform: n for n, transform in enumerate(evaluation_context._step_names)}
         self._transforms = sorted(self._states, key=lambda transform: order.get(transform, 0))
+        self._tags = [_tags(transform) for transform in self._transforms]
+        self._merges = [_merges(transform) for transform in self._transforms]
         self._held: dict[_Cell, tuple[list[Any], list[int]]] = {}  # elements, and the step of each
 
     def oldest(self, step: int) -> int:
@@ -58,7 +60,7 @@ class Buffers:
             place, key = cell[:2]
             for element, since in zip(elements, steps, strict=True):
                 released.append((place, since))
-                if _merges(self._transforms[place]):
+                if self._merges[place]:
                     moved[place, key, id(element)] = since
         held = {}
         for cell, elements in found.items():
@@ -75,8 +77,7 @@ class Buffers:
         return min((min(steps) for _, steps in held.values()), default=step + 1)
 
     def _cells(self) -> Iterator[tuple[_Cell, list[Any]]]:
-        for place, transform in enumerate(self._transforms):
-            tags = _tags(transform)
+        for place, (transform, tags) in enumerate(zip(self._transforms, self._tags, strict=True)):
             for key, state in self._states[transform].items():
                 for window, by_tag in getattr(state, "state", {}).items():
                     for tag in tags & by_tag.keys():
