@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
 from safetensors.torch import load_file, save_file
 from tiny_models import save_checkpoint
 
@@ -355,6 +354,8 @@ def test_two_conversions_on_one_machine_exclude_each_other(models, tmp_path):
 def test_who_converts_at_the_same_time_to_the_same_path_waits_and_finds_it_done(
     bucket, models, tmp_path, monkeypatch, capsys
 ):
+    from conftest import wait_until  # not above: it takes a second, and each child imports this module
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     path = f"gs://{bucket.name}/m.pt"
     upload = storage.upload
