@@ -17,6 +17,7 @@ from tiny_models import save_checkpoint
 
 from helpers import notebook
 from helpers.models import DEFAULT_MODEL
+from helpers.notebook import connection
 
 REPOSITORY = Path(__file__).parents[1]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -126,7 +127,7 @@ def test_a_kernel_that_dies_fails_the_run_without_a_traceback(tmp_path):
 
 
 def test_a_kernel_stays_with_the_project_or_the_machine_it_is_connected_to(monkeypatch):
-    monkeypatch.setattr(notebook, "_google_project", "my-project")
+    monkeypatch.setattr(connection, "_google_project", "my-project")
     with pytest.raises(notebook.ConnectionFailed, match="connected to the project 'my-project'"):
         notebook.connect("")
 
@@ -139,8 +140,8 @@ def test_a_bucket_whose_name_cannot_be_is_told(cloud):
 def test_ctrl_c_leaves_no_process_and_nothing_half_written(tmp_path):
     series_of_one(
         tmp_path,
-        "import os, pathlib, time\nfrom helpers import notebook\nnotebook.connect()",
-        "pids = f'{os.getpid()} {notebook._local.pid}'\n"
+        "import os, pathlib, time\nfrom helpers.notebook import connection\nconnection.connect()",
+        "pids = f'{os.getpid()} {connection._local.pid}'\n"
         "pathlib.Path('pids.partial').write_text(pids)\nos.rename('pids.partial', 'pids')\ntime.sleep(300)",
     )
     # Without the tests' own local cloud, so that the notebook starts one.

@@ -7,6 +7,7 @@ it. Its memory is limited before it renders anything, so a template that fills i
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,6 +15,9 @@ import time
 
 def main() -> None:
     """Answers until its standard input ends."""
+    # Ctrl-C in a terminal, and a notebook's interrupt, reach every process of the group: this one ends with
+    # its parent, and says nothing about it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from transformers.utils.chat_template_utils import render_jinja_template
 
     start = json.loads(sys.stdin.readline())

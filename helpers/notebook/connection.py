@@ -1,27 +1,18 @@
-"""What every notebook needs: a connection to Google Cloud or to the local cloud, tables, versions."""
+"""A notebook's connection to Google Cloud, or to this machine's local cloud."""
 
 from __future__ import annotations
 
 import atexit
-import importlib.metadata
 import logging
 import os
-import platform
-import shutil
+import re
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from helpers import local_cloud
 from helpers.files.cache import cache_folder
-
-# What a reader wants to know when something behaves differently elsewhere.
-PACKAGES = ("apache-beam", "torch", "transformers", "google-cloud-aiplatform", "google-cloud-pubsub")
 
 _local: local_cloud.Child | None = None
 _google_project = ""
@@ -72,6 +63,7 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
         ConnectionFailed: no credentials, no access to the bucket, or this kernel is connected elsewhere.
     """
     global _google_project
+    _check(project, location, bucket)
     quiet()
     is_local = not project
     if is_local and _google_project:
@@ -81,6 +73,7 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
             "restart the kernel and run the notebook from the top."
         )
     if is_local:
+        _offer_project()
         project = _connect_to_this_machine()
     elif _local is not None or "LOCAL_CLOUD_PROJECT" in os.environ:
         raise ConnectionFailed(
@@ -96,6 +89,28 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
         _google_project = project
     _create_bucket(connection)
     return connection
+
+
+def _check(project: str, location: str, bucket: str) -> None:
+    """What cannot be a name is refused before anything is asked of anyone."""
+    for name, value in {"project": project, "location": location, "bucket": bucket}.items():
+        if not isinstance(value, str):
+            raise ConnectionFailed(
+                f"The parameter {name} is {value!r}, and it must be text: put it in quotes. (On papermill's "
+                f"command line: -r {name} {value} rather than -p.)"
+            )
+    if not re.fullmatch(r"[a-z]+-[a-z]+[0-9]{1,2}", location):
+        raise ConnectionFailed(
+            f"location = {location!r} is not the name of a region: set it to one such as us-central1 or "
+            "europe-west4 (https://cloud.google.com/dataflow/docs/resources/locations)."
+        )
+
+
+def _offer_project() -> None:
+    """Colab Enterprise and Workbench name their project; only the parameter decides where anything runs."""
+    theirs = os.environ.get("GOOGLE_CLOUD_PROJECT")
+    if theirs and "LOCAL_CLOUD_PROJECT" not in os.environ:
+        print(f'Everything runs on this machine. To use Google Cloud, set project = "{theirs}" or another.')
 
 
 def _connect_to_this_machine() -> str:
@@ -116,7 +131,7 @@ def _connect_to_this_machine() -> str:
 
 def _local_cloud_folder() -> Path:
     """In the repository, so that every checkout has its own; else in the user's cache."""
-    repository = Path(__file__).parents[1]
+    repository = Path(__file__).parents[2]
     if (repository / "pyproject.toml").is_file() and os.access(repository, os.W_OK):
         return repository / ".local_cloud"
     return cache_folder("local_cloud")
@@ -137,9 +152,11 @@ def _create_bucket(connection: Connection) -> None:
             f'leave the parameter project empty (project = "") to use this machine. ({error})'
         ) from error
     except (ValueError, exceptions.BadRequest) as error:
+        said = getattr(error, "message", error)
         raise ConnectionFailed(
-            f"{connection.bucket!r} is not a valid bucket name: use 3 to 63 lower-case letters, digits and "
-            "dashes, with a letter or digit at both ends."
+            f"{connection.bucket!r} is not a valid bucket name, or {connection.location!r} no place for it: "
+            "use 3 to 63 lower-case letters, digits and dashes, with a letter or digit at both ends. "
+            f"({said})"
         ) from error
     except exceptions.Conflict as error:
         raise ConnectionFailed(
@@ -152,21 +169,6 @@ def _create_bucket(connection: Connection) -> None:
         ) from error
 
 
-@cache
-def scratch_folder() -> Path:
-    """A folder for files that this notebook needs while it runs; it goes with the kernel, or by
-    `clean_up`."""
-    folder = tempfile.mkdtemp(prefix="streaming-llm-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def clean_up() -> None:
-    """Removes what is in the scratch folder."""
-    for path in scratch_folder().iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def quiet() -> None:
     """Hides messages that a notebook's reader can do nothing about; errors still show."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -176,62 +178,3 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("apache_beam", "google", "root", "helpers"):
         logging.getLogger(name if name != "root" else None).setLevel(logging.ERROR)
-
-
-def versions() -> Table:
-    """The versions in use, as a table."""
-    rows = [("Python", platform.python_version())]
-    for package in PACKAGES:
-        try:
-            rows.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((package, "not installed"))
-    return table({"package": name, "version": version} for name, version in rows)
-
-
-class Table:
-    """Rows as a table: text in full and left-aligned, no index; in a terminal, plain text."""
-
-    def __init__(self, rows: Iterable[Mapping[str, object]]) -> None:
-        import pandas as pd
-
-        self.frame = pd.DataFrame(list(rows))
-
-    def _repr_html_(self) -> str:
-        import pandas as pd
-
-        text = [name for name in self.frame if not pd.api.types.is_numeric_dtype(self.frame[name])]
-        styler = self.frame.style.hide(axis="index").format(precision=2, escape="html")
-        styler.set_properties(subset=text, **{"text-align": "left", "white-space": "pre-wrap"})
-        # Each header is aligned like its column: text to the left, numbers to the right.
-        styler.set_table_styles(
-            {name: [{"selector": "th", "props": "text-align: left"}] for name in text}, overwrite=False
-        )
-        return styler.to_html()
-
-    def __repr__(self) -> str:
-        return self.frame.to_string(index=False, max_colwidth=72)
-
-
-def table(rows: Iterable[Mapping[str, object]]) -> Table:
-    """Rows with the same keys, as a table for a notebook."""
-    return Table(rows)
-
-
-class Board:
-    """A table that is shown once and then redrawn in place, for work in progress."""
-
-    def __init__(self, most_rows: int = 12) -> None:
-        self._rows: list[Mapping[str, object]] = []
-        self._most_rows = most_rows
-        self._shown: Any = None
-
-    def add(self, row: Mapping[str, object]) -> None:
-        """Adds a row; drops the oldest when there are too many."""
-        from IPython.display import display
-
-        self._rows = [*self._rows, row][-self._most_rows :]
-        if self._shown is None:
-            self._shown = display(table(self._rows), display_id=True)
-        else:
-            self._shown.update(table(self._rows))

@@ -1,0 +1,13 @@
+"""What every notebook needs: its packages, a connection to Google Cloud or to the local cloud, tables."""
+
+from helpers import public
+
+__all__, __getattr__ = public(
+    __name__,
+    {
+        "connection": ["Connection", "ConnectionFailed", "connect"],
+        "environment": ["prepare"],
+        "scratch": ["clean_up", "scratch_folder"],
+        "tables": ["Board", "Table", "table", "versions"],
+    },
+)

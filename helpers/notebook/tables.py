@@ -1,0 +1,70 @@
+"""Tables: rows that a reader can compare, the versions in use, and work in progress."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# What a reader wants to know when something behaves differently elsewhere.
+PACKAGES = ("apache-beam", "torch", "transformers", "google-cloud-aiplatform", "google-cloud-pubsub")
+
+
+def versions() -> Table:
+    """The versions in use, as a table."""
+    rows = [("Python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return table({"package": name, "version": version} for name, version in rows)
+
+
+class Table:
+    """Rows as a table: text in full and left-aligned, no index; in a terminal, plain text."""
+
+    def __init__(self, rows: Iterable[Mapping[str, object]]) -> None:
+        import pandas as pd
+
+        self.frame = pd.DataFrame(list(rows))
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        text = [name for name in self.frame if not pd.api.types.is_numeric_dtype(self.frame[name])]
+        styler = self.frame.style.hide(axis="index").format(precision=2, escape="html")
+        styler.set_properties(subset=text, **{"text-align": "left", "white-space": "pre-wrap"})
+        # Each header is aligned like its column: text to the left, numbers to the right.
+        styler.set_table_styles(
+            {name: [{"selector": "th", "props": "text-align: left"}] for name in text}, overwrite=False
+        )
+        return styler.to_html()
+
+    def __repr__(self) -> str:
+        return self.frame.to_string(index=False, max_colwidth=72)
+
+
+def table(rows: Iterable[Mapping[str, object]]) -> Table:
+    """Rows with the same keys, as a table for a notebook."""
+    return Table(rows)
+
+
+class Board:
+    """A table that is shown once and then redrawn in place, for work in progress."""
+
+    def __init__(self, most_rows: int = 12) -> None:
+        self._rows: list[Mapping[str, object]] = []
+        self._most_rows = most_rows
+        self._shown: Any = None
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Adds a row; drops the oldest when there are too many."""
+        from IPython.display import display
+
+        self._rows = [*self._rows, row][-self._most_rows :]
+        if self._shown is None:
+            self._shown = display(table(self._rows), display_id=True)
+        else:
+            self._shown.update(table(self._rows))
