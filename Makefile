@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: install run test test-all bench lint format notebooks lab clean help
+.PHONY: install run test test-all check badges bench lint format notebooks lab clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ test-all: $(INSTALLED) ## the tests, those that take minutes too
 
 bench: $(INSTALLED) ## measure side by side, into out/bench.json
 	$(PY) tools/bench.py --out out/bench.json
+
+check: $(INSTALLED) ## check what a reader sees: notebooks, pages, links, badges, spelling, style
+	$(PY) tools/check.py
+
+badges: $(INSTALLED) ## write badges and the set-up cells' address: REPOSITORY=OWNER/NAME BRANCH=main
+	$(PY) tools/badges.py $(if $(REPOSITORY),--repository "$(REPOSITORY)") $(if $(BRANCH),--branch "$(BRANCH)")
 
 lint: $(INSTALLED) ## check modules and notebooks
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -22,7 +22,6 @@ from helpers.notebook import connection
 REPOSITORY = Path(__file__).parents[1]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 RUN_NOTEBOOKS = REPOSITORY / "tools" / "run_notebooks.py"
-MOST_BYTES = 1_000_000
 
 
 def execute(name: str, folder: Path, **parameters) -> nbformat.NotebookNode:
@@ -168,29 +167,7 @@ def test_a_notebook_that_is_not_there_is_named():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestCommitted:
-    """What a reader sees on the web."""
-
-    def test_it_was_executed_from_top_to_bottom(self, path):
-        cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
-        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-
-    def test_its_outputs_hold_nothing_of_the_machine_and_no_noise(self, path):
-        notebook = nbformat.read(path, 4)
-        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-        assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-        text = shown(notebook)
-        assert not re.findall(r"(?<![\w./])/(?:work|tmp|root|home|opt|usr|Users)/\S+", text)
-        assert not re.findall(r"(?i)\bwarning\b|Traceback", text)
-        assert path.stat().st_size < MOST_BYTES
-        assert notebook.metadata.keys() <= {"kernelspec", "language_info"}
-
-    def test_its_parameters_are_literals_with_types_and_descriptions(self, path):
-        [cell] = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
-        for statement in ast.parse(cell.source).body:
-            assert isinstance(statement, ast.AnnAssign)
-            ast.literal_eval(statement.value)
-        assert all("  # " in line for line in cell.source.splitlines())
-        assert "project: str = " in cell.source
+    """What `make check` does not see: it reads, and runs nothing."""
 
     def test_papermill_explains_its_parameters(self, path):
         parameters = papermill.inspect_notebook(path)
@@ -198,20 +175,6 @@ class TestCommitted:
         for parameter in parameters.values():
             assert parameter["help"], parameter["name"]
             assert parameter["inferred_type_name"] != "None", parameter["name"]
-
-    def test_its_cells_are_short(self, path):
-        for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "code":
-                assert len(cell.source.splitlines()) <= 25, cell.source[:80]
-
-    def test_it_imports_from_the_steps_own_names_only(self, path):
-        for cell in code_cells(path):
-            for node in ast.walk(ast.parse(cell)):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers"):
-                    assert node.module.count(".") <= 1, node.module
-                assert not isinstance(node, ast.FunctionDef | ast.ClassDef), "it belongs in a module"
-                is_or_none = isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or)
-                assert not (is_or_none and ast.unparse(node).endswith(" or None")), ast.unparse(node)
 
     def test_no_cell_leans_on_an_import_of_the_set_up_cell(self, path):
         [set_up] = [cell for cell in code_cells(path) if "notebook.connect(" in cell]
