@@ -14,12 +14,14 @@ sys.path.insert(0, str(ROOT))
 from google.cloud import storage  # noqa: E402
 from google.cloud.aiplatform_v1.types import job_service  # noqa: E402
 from google.cloud.dataflow_v1beta3.types import jobs, messages, metrics  # noqa: E402
+from google.cloud.monitoring_v3.types import metric_service  # noqa: E402
 from google.iam.v1 import iam_policy_pb2  # noqa: E402
 from google.pubsub_v1.types import pubsub  # noqa: E402
 
 from helpers.local_cloud.cloud_storage import fields as cloud_storage  # noqa: E402
 from helpers.local_cloud.dataflow import fields as dataflow  # noqa: E402
 from helpers.local_cloud.front.fields import HONOURED, REFUSED, WITHOUT_EFFECT, Fields, every_field  # noqa: E402
+from helpers.local_cloud.monitoring import fields as monitoring  # noqa: E402
 from helpers.local_cloud.pubsub import fields as pub_sub  # noqa: E402
 from helpers.local_cloud.vertex_ai import fields as vertex_ai  # noqa: E402
 
@@ -27,6 +29,7 @@ PAGE = ROOT / "helpers" / "local_cloud" / "FIELDS.md"
 PACKAGES = (
     "google-cloud-aiplatform",
     "google-cloud-dataflow-client",
+    "google-cloud-monitoring",
     "google-cloud-pubsub",
     "google-cloud-storage",
 )
@@ -36,6 +39,7 @@ SERVICES = {
     "Pub/Sub": ((pubsub, iam_policy_pb2), pub_sub.TABLES),
     "Vertex AI": ((job_service,), vertex_ai.TABLES),
     "Dataflow": ((jobs, messages, metrics), dataflow.TABLES),
+    "Cloud Monitoring": ((metric_service,), monitoring.TABLES),
 }
 _SPECIAL = {
     "CreateTopic": "Topic",

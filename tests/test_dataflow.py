@@ -1,5 +1,6 @@
 """A submitted job answers messages, is drained with nothing lost, and sees only what was staged."""
 
+import json
 import subprocess
 import sys
 import uuid
@@ -85,8 +86,7 @@ def test_a_job_answers_each_message_and_is_drained_with_nothing_lost(cloud, mode
     assert not set(first.messages) & set(last.messages), "each message is reported once"
     assert last.answered == len(ids)
     assert last.dead_letters == 2
-    assert last.backlog is None, "the local cloud has no Cloud Monitoring"
-    assert last.row()["backlog"] == "–"
+    assert (last.workers, last.backlog) == (1, 0)
 
     assert job.drain(timeout=60) == "DRAINED"
     assert job.drain() == "DRAINED", "draining a drained job changes nothing"
@@ -261,16 +261,20 @@ def test_jobs_of_this_series_are_listed_and_reaped(cloud, model, topics, capsys)
     where = ["--project", cloud.project, "--region", LOCATION]
     assert main(["list", *where]) == 0
     assert "overdue=yes" in capsys.readouterr().out
+    assert main(["list", *where, "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert listed.keys() == {"name", "state", "minutes", "overdue", "job"}
+    assert (listed["job"], listed["overdue"]) == (job.job_id, True)
     assert main(["watch", *where, "--minutes=0", job.job_id]) == 0
-    assert "backlog=–  answered=0" in capsys.readouterr().out
+    assert "backlog=–  answered=0" in capsys.readouterr().out, "no subscription was named"
     assert main(["reap", *where, "--overdue"]) == 0
     assert job.job_id in capsys.readouterr().out
-    assert main(["scale", *where, "--workers", "1", "3", job.job_id]) == 2
+    assert main(["scale", *where, "--workers", "1", "3", job.job_id]) == 1
     assert "stay as they are" in capsys.readouterr().err
     assert job.state() in ("DRAINED", "CANCELLED")
     assert main(["list", *where]) == 0
     assert job.job_id not in capsys.readouterr().out
-    assert main(["drain", *where, "no-such-job"]) == 2
+    assert main(["drain", *where, "no-such-job"]) == 1
     assert "no-such-job does not exist" in capsys.readouterr().err
 
 

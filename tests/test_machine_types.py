@@ -25,6 +25,45 @@ def test_sizes_are_those_of_the_documentation(name, vcpus, memory_gb):
     assert (get(name).vcpus, get(name).memory_gb) == (vcpus, memory_gb)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "n4-standard-8",
+            "c4-standard-288",
+            "n2-custom-4-16384",
+            "custom-2-8192-ext",
+            "e2-medium",
+            "f1-micro",
+        ),
+        *("c3-standard-8-lssd", "n1-standard-1", "m3-ultramem-32", "a4-highgpu-8g", "ct5lp-hightpu-4t"),
+    ],
+)
+def test_a_name_that_could_be_a_machine_type_is_taken(name):
+    machine_types.check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("n4-standard-3", "its sizes are 2, 4, 8"),
+        ("n4-standard-2000", "its sizes are 2, 4, 8"),
+        ("n4-standart-4", "n4 has standard, highmem, highcpu"),
+        ("large", "one is called n4-standard-4"),
+        ("n4-standard", "one is called n4-standard-4"),
+        ("", "one is called"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused_with_a_hint(name, hint):
+    with pytest.raises(MachineTypeError, match=f"There is no machine type '{name}': {hint}"):
+        machine_types.check_name(name)
+
+
+def test_every_machine_of_the_catalogue_has_a_name_that_is_taken():
+    for name in machine_types.CATALOGUE:
+        machine_types.check_name(name)
+
+
 def test_every_family_is_in_the_catalogue():
     families = {machine.family for machine in machine_types.CATALOGUE.values()}
     assert families == {"e2", "n2", "n2d", "n4", "c3", "c4", "g2", "a2", "a3"}

@@ -179,14 +179,14 @@ def test_the_table_shows_each_model_and_its_machines(capsys):
     ],
 )
 def test_what_a_user_can_mend_is_one_line_on_stderr(arguments, message, capsys):
-    assert main(arguments) == 2
+    assert main(arguments) == 1
     output = capsys.readouterr()
     assert message in output.err
     assert output.err.count("\n") == 1
     assert output.out == ""
 
 
-def test_an_unknown_name_ends_with_2_and_no_traceback():
+def test_an_unknown_name_ends_with_1_and_no_traceback():
     run = subprocess.run(
         [sys.executable, "-m", "helpers.sizing", "nobody/no-such-model"],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -194,6 +194,6 @@ def test_an_unknown_name_ends_with_2_and_no_traceback():
         text=True,
         timeout=120,
     )
-    assert run.returncode == 2
+    assert run.returncode == 1
     assert "nobody/no-such-model" in run.stderr
     assert "Traceback" not in run.stderr

@@ -115,7 +115,7 @@ def test_a_cpu_image_wants_a_torch_without_cuda(capsys):
         build_image(project="p", location="us-central1", bucket="b")
     with pytest.raises(ImageError, match="choose one of cpu, gpu"):
         build_image(project="p", location="us-central1", bucket="b", variant="tpu")
-    assert main(["build", "--project=p", "--region=r", "--bucket=b"]) == 2
+    assert main(["build", "--project=p", "--region=r", "--bucket=b"]) == 1
     assert "error: The CPU image needs" in capsys.readouterr().err
 
 

@@ -1,6 +1,6 @@
 """The command line for jobs on Dataflow, and for what they need.
 
-    python -m helpers.dataflow list      --project P --region R
+    python -m helpers.dataflow list      --project P --region R [--json]
     python -m helpers.dataflow watch     --project P --region R [--minutes M] JOB
     python -m helpers.dataflow drain     --project P --region R JOB
     python -m helpers.dataflow cancel    --project P --region R JOB
@@ -17,6 +17,7 @@ submits a job, and says what that job would miss. `image` builds the workers' im
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -29,7 +30,11 @@ from helpers.dataflow.job_list import find_name, list_series, reap
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: returns 0 on success, or 2, with a line on stderr, for what the user can fix."""
+    """The command line.
+
+    Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood;
+    130 when interrupted.
+    """
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--project", required=True)
     common.add_argument("--region", required=True)
@@ -40,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return own[given[0]](given[1:])
     parser = argparse.ArgumentParser(prog="python -m helpers.dataflow", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", parents=[common], help="the jobs that these notebooks started")
+    lister = commands.add_parser("list", parents=[common], help="the jobs that these notebooks started")
+    lister.add_argument("--json", action="store_true", help="print JSON rather than lines")
     for command, text in (("watch", "until it has ended"), ("drain", "and wait"), ("cancel", "and wait")):
         one = commands.add_parser(command, parents=[common], help=f"{command} a job {text}")
         one.add_argument("job", metavar="JOB", help="its id or name")
@@ -58,15 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(arguments)
     except (JobError, GoogleAPICallError, GoogleAuthError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted: the job goes on.", file=sys.stderr)
+        return 130
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> None:
     where = arguments.project, arguments.region
     if arguments.command == "list":
-        for listed in list_series(*where):
-            _print(listed.row())
+        rows = [listed.row() for listed in list_series(*where)]
+        if arguments.json:
+            print(json.dumps([row | {"overdue": bool(row["overdue"])} for row in rows], indent=2))
+        for row in [] if arguments.json else rows:
+            _print(row)
     elif arguments.command == "reap":
         for listed, state in reap(*where, overdue_only=arguments.overdue):
             _print({"name": listed.name, "state": state, "job": listed.job.job_id})

@@ -151,6 +151,11 @@ def _machine(
     wants_gpu, workload = job_options.wants_gpu(answering.device), answering.workload()
     machine = machine_types.CATALOGUE.get(machine_type or "")
     if machine_type and machine is None:
+        try:
+            machine_types.check_name(machine_type)
+        except MachineTypeError as error:
+            yield Finding(f"machine {machine_type}", MISS, str(error), "leave it out, or name another")
+            return
         detail = "it is not in this project's catalogue, so it is not known whether the model fits"
         yield Finding(f"machine {machine_type}", SKIPPED, detail)
         return
@@ -215,7 +220,11 @@ def _job_name(project: str, location: str, name: str) -> Iterator[Finding]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: returns 0 if nothing is missing, or else 2, with the misses on stderr."""
+    """The command line.
+
+    Exit codes: 0 if nothing is missing; 1 if something is, with the misses on stderr; 2 for a command line
+    that is not understood.
+    """
     own = parser("python -m helpers.dataflow preflight")
     own.description = "Says what a job would miss; the arguments are those of python -m helpers.pipeline."
     try:
@@ -245,5 +254,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         require(findings)
     except (PreflightError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
     return 0

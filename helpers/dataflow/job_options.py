@@ -78,7 +78,9 @@ def set_defaults(
     manifest = read_manifest(state_dict_path)
     manifest.check_model(state_dict_path, model_name)  # each worker would refuse it, and start again for ever
     worker = options.view_as(WorkerOptions)
-    if not worker.machine_type:
+    if worker.machine_type:
+        machine_types.check_name(worker.machine_type)
+    else:
         on_gpu = wants_gpu(answering.device)
         sizing = size_for_serving(state_dict_path, manifest, on_gpu=on_gpu, **answering.workload())
         worker.machine_type = sizing.serve.machine.name

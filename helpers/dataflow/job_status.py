@@ -17,8 +17,8 @@ class Status:
         seconds: seconds since the watching began.
         state: its state, for instance RUNNING.
         workers: how many workers Dataflow last reported; None before its first report.
-        backlog: messages waiting in the subscription, as of a minute or two ago; None where Cloud Monitoring
-            does not say.
+        backlog: messages waiting in the subscription, as Cloud Monitoring counted them last, a minute or two
+            ago; None where it does not say.
         answered: prompts answered since the job began, according to the workers' reports.
         answers_per_second, tokens_per_second: the rates since the last status.
         dead_letters: messages that went to the dead-letter topic since the job began.
@@ -44,8 +44,8 @@ class Status:
             "workers": unknown if self.workers is None else self.workers,
             "backlog": unknown if self.backlog is None else self.backlog,
             "answered": self.answered,
-            "answers/s": round(self.answers_per_second, 2),
-            "tokens/s": round(self.tokens_per_second, 1),
+            "answers/s": round(self.answers_per_second, 1),
+            "tokens/s": round(self.tokens_per_second),
             "dead letters": self.dead_letters,
             "messages": "\n".join(self.messages),
         }
@@ -54,7 +54,7 @@ class Status:
 def backlog(subscription: str) -> int | None:
     """How many messages wait in a subscription, by Cloud Monitoring's last count; None where it has none.
 
-    Pub/Sub itself does not say. Cloud Monitoring does, once a minute; the local cloud does not have it.
+    Pub/Sub itself does not say. Cloud Monitoring does, once a minute; the local cloud's, at any moment.
 
     Args:
         subscription: `projects/P/subscriptions/S`.

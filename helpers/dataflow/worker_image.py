@@ -246,7 +246,10 @@ def _run_build(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints the image or the requirements; returns 2, with a line on stderr, on error."""
+    """The command line: prints the image or the requirements.
+
+    Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m helpers.dataflow image", description="The image of the Dataflow workers."
     )
@@ -272,5 +275,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(requirements(dependencies, arguments["constraints"].read_text()), end="")
     except (ImageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
     return 0

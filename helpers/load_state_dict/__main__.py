@@ -8,7 +8,11 @@ from helpers.models.dtypes import DTYPES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: see the module's docstring."""
+    """The command line.
+
+    Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood;
+    130 when interrupted.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m helpers.load_state_dict",
         description="Writes a model's state dict in constant memory.",

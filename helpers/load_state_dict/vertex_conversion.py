@@ -20,6 +20,7 @@ from helpers.load_state_dict.conversion import describe, fingerprint, state_dict
 from helpers.load_state_dict.custom_job import CustomJobError, CustomJobGoesOnError, run_custom_job
 from helpers.load_state_dict.manifest import Manifest, read_manifest
 from helpers.models.checkpoint_files import checkpoint_files
+from helpers.sizing import machine_types
 from helpers.sizing.sizes import MINIMUM_CONVERT_DISK_GB, size_model
 from helpers.sizing.this_machine import machine_memory_bytes
 
@@ -134,6 +135,8 @@ def vertex(
         return manifest
     storage.check_writable(f"gs://{bucket}/packages")
     needed = size_model(model_name, dtype=dtype).convert
+    if machine_type:
+        machine_types.check_name(machine_type)
     machine_type = machine_type or needed.machine.name
     disk_size_gb = disk_size_gb or max(needed.disk_gb or 0, MINIMUM_CONVERT_DISK_GB)
     arguments = [

@@ -15,6 +15,7 @@ from .front.accounts import Accounts
 from .front.http_server import Router, warn_once
 from .front.proxy import Proxy
 from .front.upstream import Upstream
+from .monitoring.service import Monitoring
 from .processes.scratch import Scratch
 from .pubsub.service import SERVER_THREADS, PubSub
 from .vertex_ai.service import VertexAI
@@ -87,8 +88,10 @@ class LocalCloud:
         accounts.routes(router)
         accounts.register(grpc_server)
         for_processes = {**os.environ, **self.environment}
+        pubsub = PubSub()
         for service in (
-            PubSub(),
+            pubsub,
+            Monitoring(pubsub.waiting),
             VertexAI(self.folder / "vertex_ai", self.storage_root, for_processes),
             Dataflow(self.folder / "dataflow", self.storage_root, for_processes),
         ):

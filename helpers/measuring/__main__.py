@@ -17,7 +17,10 @@ from helpers.measuring.process_memory import MeasureError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """A line for each measurement, and all of them as JSON in the last line."""
+    """The command line: a line for each measurement, and all of them as JSON in the last line.
+
+    Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m helpers.measuring", description="Compares predicted with measured memory."
     )
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure_models(options.models, methods=options.method or METHODS)
     except (MeasureError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
     for row in rows:
         print(
             f"{row.model_name:22} {row.method:8} {row.phase:8} predicted {row.predicted / 1e6:8,.0f} MB  "

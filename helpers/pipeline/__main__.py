@@ -26,7 +26,8 @@ from helpers.pipeline.command_line import parser, run
 def main(argv: Sequence[str] | None = None) -> None:
     """Starts the pipeline that a command line describes.
 
-    Exit codes are 0, 1 for what went wrong, 2 for a command line that is not understood.
+    Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood;
+    130 when interrupted.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             result.wait_until_finish()
             return
     except KeyboardInterrupt:
-        sys.exit("Interrupted: the subscription delivers unanswered messages again.")
+        print("Interrupted: the subscription delivers unanswered messages again.", file=sys.stderr)
+        sys.exit(130)
     except CommandLineError as error:
         parser().print_usage(sys.stderr)
         print(f"error: {error}", file=sys.stderr)

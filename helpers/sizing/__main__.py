@@ -44,7 +44,10 @@ def _parse_prices(prices: Sequence[str] | None) -> float | dict[str, float] | No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: a table or JSON on stdout; for expected errors, one line on stderr and status 2."""
+    """The command line: a table or JSON on stdout.
+
+    Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood.
+    """
     # What is not given is left to the defaults of size_model.
     parser = argparse.ArgumentParser(
         prog="python -m helpers.sizing",
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     except (MachineTypeError, ModelError, SizingError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
     print(json.dumps([sizing.to_json() for sizing in sizings], indent=2) if as_json else table(sizings))
     return 0
 

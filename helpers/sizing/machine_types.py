@@ -17,6 +17,7 @@ that came later (24, 144 and 288 vCPUs). Where those pages give a machine's memo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -162,6 +163,36 @@ def get(name: str) -> MachineType:
             f"Machine type {name!r} is not in this catalogue ({CATALOGUE_DATE}): "
             f"its families are {', '.join(CPU_FAMILIES + GPU_FAMILIES)}."
         ) from None
+
+
+# The form of a name: https://cloud.google.com/compute/docs/machine-resource#machine_type_comparison
+_NAME = re.compile(
+    r"(f1-micro|g1-small|([a-z]+\d+[a-z]*-)?custom-\d+-\d+(-ext)?"
+    r"|[a-z]+\d+[a-z]*-(micro|small|medium|[a-z]+-\d+[gt]?(-[a-z]+)?))"
+)
+
+
+def check_name(name: str) -> None:
+    """Checks that a machine type of this name could exist, in this catalogue or out of it.
+
+    Raises:
+        MachineTypeError: it could not, such as `n4-standard-3`, `n4-standart-4` or `large`.
+    """
+    family, _, rest = name.partition("-")
+    kind, _, size = rest.partition("-")
+    kinds = _GENERAL_PURPOSE.get(family)
+    hint = ""
+    if kinds and kind in kinds and size.isdigit():
+        # Google adds sizes now and then, but none has an odd number of vCPUs.
+        counts = kinds[kind][1]
+        if name in CATALOGUE or (int(size) % 2 == 0 and counts[0] < int(size) <= 2 * counts[-1]):
+            return
+        hint = f": its sizes are {', '.join(map(str, kinds[kind][1]))}"
+    elif kinds and kind not in (*kinds, "custom", "micro", "small", "medium"):
+        hint = f": {family} has {', '.join(kinds)}"
+    elif _NAME.fullmatch(name):
+        return
+    raise MachineTypeError(f"There is no machine type {name!r}{hint or ': one is called n4-standard-4'}.")
 
 
 def smallest(memory_bytes: int, *, family: str = "n4", headroom: float = 0.0) -> MachineType:

@@ -56,6 +56,7 @@ class Job:
         self._environment = environment
         self._lock = threading.RLock()
         self._messages: deque[Any] = deque(maxlen=MAX_MESSAGES)
+        self._worker_counts: deque[Any] = deque(maxlen=MAX_MESSAGES)
         self._message_count = 0
         self._metrics = UserMetrics()
         self._replaces = replaces
@@ -87,6 +88,11 @@ class Job:
     def messages(self) -> list[Any]:
         with self._lock:
             return list(self._messages)
+
+    def worker_counts(self) -> list[Any]:
+        """An AutoscalingEvent for each time that the number of workers changed."""
+        with self._lock:
+            return list(self._worker_counts)
 
     def metrics(self) -> list[Any]:
         with self._lock:
@@ -223,6 +229,7 @@ class Job:
         os.close(for_worker)
         with self._lock:
             self._worker = worker
+            self._count_workers(1)
             state = self.state
         if state == State.JOB_STATE_CANCELLING:
             _signal(worker, signal.SIGKILL)
@@ -242,6 +249,7 @@ class Job:
                 with contextlib.suppress(json.JSONDecodeError):  # the last line of a worker that was killed
                     self._take(json.loads(line))
         waiter.join()
+        self._count_workers(0)
         worker.stdin.close()
         return worker.returncode
 
@@ -281,6 +289,13 @@ class Job:
         self._message.current_state = state
         self._message.current_state_time.GetCurrentTime()
         self._say(Importance.JOB_MESSAGE_BASIC, f"The job is in state {state.name}.")
+
+    def _count_workers(self, number: int) -> None:
+        with self._lock:
+            event = messages.AutoscalingEvent.pb()(current_num_workers=number, target_num_workers=number)
+            event.event_type = messages.AutoscalingEvent.AutoscalingEventType.CURRENT_NUM_WORKERS_CHANGED
+            event.time.GetCurrentTime()
+            self._worker_counts.append(event)
 
     def _say(self, importance: Importance, text: str) -> None:
         with self._lock:

@@ -208,7 +208,8 @@ class Dataflow:
             if start <= m.time.ToNanoseconds() < end
             and _RANK[m.message_importance] >= _RANK[request.minimum_importance]
         ]
-        return messages.ListJobMessagesResponse.pb()(job_messages=found)
+        counts = [e for e in self._job(request).worker_counts() if start <= e.time.ToNanoseconds() < end]
+        return messages.ListJobMessagesResponse.pb()(job_messages=found, autoscaling_events=counts)
 
     def GetJobMetrics(self, request: Any, context: grpc.ServicerContext) -> Any:
         answer = metrics.JobMetrics.pb()(metrics=self._job(request).metrics())

@@ -113,6 +113,12 @@ class PubSub:
             TABLES,
         )
 
+    def waiting(self, path: str) -> int | None:
+        """How many messages of a subscription are not acknowledged yet; None if there is no such one."""
+        with self._lock:
+            subscription = self._subscriptions.get(path)
+        return subscription.unacknowledged() if subscription else None
+
     def stop(self) -> None:
         """Ends the calls that are waiting."""
         for subscription in list(self._subscriptions.values()):

@@ -97,6 +97,11 @@ class Subscription:
                 self._changed.wait(left if left is None else max(left, 0.001))
             return []
 
+    def unacknowledged(self) -> int:
+        """How many messages wait, those that a subscriber holds included."""
+        with self._changed:
+            return len(self._ready) + len(self._leases)
+
     def acknowledge(self, ack_ids: Iterable[str]) -> None:
         """Marks messages as done; an id whose lease is over is ignored, as in Pub/Sub."""
         with self._changed:

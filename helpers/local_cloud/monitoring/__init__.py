@@ -1,0 +1,1 @@
+"""Cloud Monitoring, of what Pub/Sub measures."""
