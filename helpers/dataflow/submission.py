@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from typing import Any
 
@@ -9,9 +10,12 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOpt
 from apache_beam.runners.runner import PipelineResult
 
 from helpers.dataflow import job_guard, job_options
+from helpers.dataflow.job import Job
 from helpers.dataflow.job_list import check_name
 from helpers.model_handler.options import NAMES, answering_options
 from helpers.pipeline.stream import CommandLineError, start
+
+log = logging.getLogger(__name__)
 
 
 def submit(
@@ -63,6 +67,13 @@ def submit(
         if is_submitted:
             check_name(cloud)
         result = start(beam_options, arguments | answering)
+    if is_submitted:
+        job = Job(cloud.project, cloud.region, result.job_id())
+        log.info(
+            "Watch the job with this, and end it with drain in the place of watch:\n"
+            "python -m helpers.dataflow watch --project=%s --region=%s %s\nIts page: %s",
+            *(job.project, job.location, job.job_id, job.url),
+        )
     if max_run_minutes is not None:
         job_guard.start(cloud.project, cloud.region, result.job_id(), max_run_minutes)
     return result

@@ -29,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood;
     130 when interrupted.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("helpers").setLevel(logging.INFO)  # Beam's INFO is the whole job, 1,300 lines
+    # It warns of each wheel that is sent along, such as the helpers' own, which has no binary in it.
+    logging.getLogger("apache_beam.runners.portability.stager").setLevel(logging.ERROR)
     try:
         result = run(argv)
         if not hasattr(result, "job_id"):  # for a runner other than Dataflow's
