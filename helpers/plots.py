@@ -171,17 +171,70 @@ def pipeline_graph(pipeline: beam.Pipeline) -> Axes:
     return axes
 
 
-def latencies(seconds: Sequence[float], *, xlabel: str) -> Axes:
-    """The share of messages that took at most a given time, with the median and 95th percentile marked."""
-    axes = new_axes(height=2.6)
-    ordered = sorted(seconds)
-    axes.step(ordered, [(index + 1) / len(ordered) for index in range(len(ordered))], "k", where="post")
-    for share, style in ((0.5, "--"), (0.95, ":")):
-        value = percentile(ordered, share)
-        axes.axvline(value, color=SHADES[1][0], linestyle=style, label=f"p{share * 100:.0f}: {value:.2f} s")
-    axes.set(xlabel=xlabel, ylabel="share of messages", ylim=(0, 1.03), xlim=(0, None))
-    axes.legend(frameon=False, loc="upper left")
+def latencies(seconds: Sequence[float], *, xlabel: str, ylabel: str) -> Axes:
+    """A dot for each message, in the order of publishing: those answered together stand at one height.
+
+    Args:
+        seconds: how long each message waited for its answer.
+        xlabel: what the messages are.
+        ylabel: from when to when, with the unit.
+    """
+    axes = new_axes(height=3)
+    axes.plot(
+        range(1, len(seconds) + 1), seconds, "o", color=SHADES[1][0], markeredgecolor=EDGE, markersize=4
+    )
+    for share, style, name in ((0.5, "--", "half"), (0.95, ":", "95 %")):
+        value = percentile(seconds, share)
+        axes.axhline(value, color=EDGE, linestyle=style, label=f"{name} within {value:.1f} s")
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.15 * max(seconds)))
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return axes
+
+
+# Each notebook with what it takes in; the last one's result comes after it.
+STEPS = (
+    ("01", "size\nthe model", "a model's\nname"),
+    ("02", "convert\nthe weights", "memory,\nmachine"),
+    ("03", "try it\ninteractively", "state dict\nin gs://"),
+    ("04", "deploy\nthe stream", "answers in\na notebook"),
+)
+RESULT = "a running\njob"
+
+
+def series(here: str) -> Axes:
+    """The way from a model's name to a running job, and the step that a notebook is.
+
+    Args:
+        here: the notebook's number, as `"03"`.
+    """
+    axes = new_axes(width=9, height=1.3)
+    apart = 2.5
+    for place, (number, does, takes) in enumerate(STEPS):
+        is_here, x = number == here, apart * place
+        box = {"boxstyle": "round,pad=0.6", "edgecolor": EDGE, "facecolor": SHADES[0 if is_here else 3][0]}
+        color, weight = ("white", "bold") if is_here else ("black", "normal")
+        axes.text(
+            x,
+            0,
+            f"{number}\n{does}",
+            ha="center",
+            va="center",
+            bbox=box,
+            fontsize=9,
+            color=color,
+            weight=weight,
+        )
+        _arrow(axes, x - 1.8, x - 0.72, takes)
+    _arrow(axes, apart * (len(STEPS) - 1) + 0.72, apart * (len(STEPS) - 1) + 1.8, RESULT)
+    axes.set_xlim(-1.9, apart * (len(STEPS) - 1) + 1.9)
+    axes.set_ylim(-1, 1)
+    axes.axis("off")
+    return axes
+
+
+def _arrow(axes: Axes, start: float, end: float, label: str) -> None:
+    axes.annotate("", (end, 0), (start, 0), arrowprops={"arrowstyle": "->", "color": EDGE})
+    axes.text((start + end) / 2, 0.12, label, ha="center", va="bottom", fontsize=8, color=EDGE)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

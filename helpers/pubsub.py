@@ -1,12 +1,23 @@
-"""Pub/Sub for the notebooks: create topics and subscriptions, publish prompts, collect what comes back."""
+"""Pub/Sub: create topics and subscriptions, publish prompts, collect what comes back.
+
+    python -m helpers.pubsub create --project P messages responses
+    python -m helpers.pubsub ask    --project P "What is the capital of France?"
+
+`create` makes topics, each with a subscription of its name. `ask` publishes prompts to the topic `messages`,
+and prints their responses from the topic `responses`, as a running job sends them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from google.api_core.exceptions import AlreadyExists, DeadlineExceeded, NotFound
+from google.api_core.exceptions import AlreadyExists, DeadlineExceeded, GoogleAPICallError, NotFound
+from google.auth.exceptions import GoogleAuthError
 from google.cloud import pubsub_v1
 from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.types import PubsubMessage
@@ -54,10 +65,16 @@ def publish(topic: str, texts: Iterable[str | bytes], /, **attributes: str) -> l
     """Publishes messages, all with the same attributes, and returns their ids in order.
 
     Raises:
+        ValueError: a message is empty; none has been published.
         google.api_core.exceptions.NotFound: there is no such topic.
     """
     publisher = pubsub_v1.PublisherClient()
-    data = (text if isinstance(text, bytes) else text.encode() for text in texts)
+    data = [text if isinstance(text, bytes) else text.encode() for text in texts]
+    if not attributes and b"" in data:
+        raise ValueError(
+            f"Message {data.index(b'') + 1} of {len(data)} is empty, and Pub/Sub takes no message without "
+            "data or attributes: leave it out."
+        )
     messages = [PubsubMessage(data=item, attributes=attributes) for item in data]
     ids: list[str] = []
     for batch in _requests(messages):
@@ -123,7 +140,11 @@ def collect(
 
 
 def collect_answers(
-    subscription: str, prompt_ids: Iterable[str], *, timeout: float = 120
+    subscription: str,
+    prompt_ids: Iterable[str],
+    *,
+    timeout: float = 120,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, PubsubMessage]:
     """Receives the responses to prompts, whatever else arrives, until each has one or time runs out.
 
@@ -131,6 +152,7 @@ def collect_answers(
         subscription: the path of a subscription to the responses topic.
         prompt_ids: the message ids of the prompts, as `publish` gives them.
         timeout: how long to wait for all of them, in seconds.
+        progress: called with the number of new responses in each lot that arrives.
 
     Returns:
         The first response to each prompt that has one, by the prompt's id. A job with at-least-once delivery
@@ -139,12 +161,33 @@ def collect_answers(
     wanted = set(prompt_ids)
     answers: dict[str, PubsubMessage] = {}
     deadline = time.monotonic() + timeout
-    while len(answers) < len(wanted) and (left := deadline - time.monotonic()) > 0:
-        for message in collect(subscription, len(wanted) - len(answers), timeout=min(left, PULL_SECONDS)):
+    while (missing := len(wanted) - len(answers)) and (left := deadline - time.monotonic()) > 0:
+        for message in collect(subscription, missing, timeout=min(left, PULL_SECONDS)):
             prompt_id = message.attributes.get("prompt_message_id")
             if prompt_id in wanted:
                 answers.setdefault(prompt_id, message)
+        if progress:
+            progress(missing - len(wanted) + len(answers))
     return answers
+
+
+def ask(topic: str, responses: str, prompt: str, *, timeout: float = 120) -> str | None:
+    """Publishes one prompt, and waits for its response; None if none came in time.
+
+    Args:
+        topic: the path of the topic of the prompts.
+        responses: the path of a subscription to the responses topic. Other responses that arrive are
+            acknowledged.
+        prompt: the prompt.
+        timeout: how long to wait, in seconds.
+
+    Raises:
+        ValueError: the prompt is empty.
+        google.api_core.exceptions.NotFound: there is no such topic or subscription.
+    """
+    ids = publish(topic, [prompt])
+    answers = collect_answers(responses, ids, timeout=timeout)
+    return answers[ids[0]].data.decode() if answers else None
 
 
 def delete(*paths: str) -> None:
@@ -157,3 +200,55 @@ def delete(*paths: str) -> None:
                     subscriber.delete_subscription(subscription=path)
                 else:
                     publisher.delete_topic(topic=path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line.
+
+    Exit codes: 0; 1 for what went wrong, such as a prompt without a response, with a line on stderr; 2 for a
+    command line that is not understood; 130 when interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="python -m helpers.pubsub", description="Topics, and prompts.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    create = commands.add_parser("create", help="make topics, each with a subscription of its name")
+    create.add_argument("names", nargs="+", metavar="NAME")
+    ask = commands.add_parser("ask", help="publish prompts, and print their responses")
+    ask.add_argument("prompts", nargs="+", metavar="PROMPT")
+    ask.add_argument("--messages", default="messages", metavar="NAME", help="the topic to publish to")
+    ask.add_argument("--responses", default="responses", metavar="NAME", help="the topic of the responses")
+    ask.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="default: %(default)g")
+    for command in (create, ask):
+        command.add_argument("--project", required=True)
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "create":
+            for name in given.names:
+                print(create_subscription(create_topic(given.project, name), name))
+            return 0
+        return _ask(given)
+    except (GoogleAPICallError, GoogleAuthError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _ask(given: argparse.Namespace) -> int:
+    topics = f"projects/{given.project}/topics"
+    # Of its own, and from before the prompts: what the job's readers receive is left to them.
+    subscription = create_subscription(f"{topics}/{given.responses}", f"ask-{uuid.uuid4().hex[:12]}")
+    try:
+        ids = publish(f"{topics}/{given.messages}", given.prompts)
+        answers = collect_answers(subscription, ids, timeout=given.timeout)
+    finally:
+        delete(subscription)
+    for prompt_id, prompt in zip(ids, given.prompts, strict=True):
+        if prompt_id in answers:
+            print(f"{prompt}\n{answers[prompt_id].data.decode()}\n")
+    if missing := len(ids) - len(answers):
+        print(f"error: {missing} of {len(ids)} prompts have no response. Is a job running?", file=sys.stderr)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

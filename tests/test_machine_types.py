@@ -40,7 +40,7 @@ def test_sizes_are_those_of_the_documentation(name, vcpus, memory_gb):
     ],
 )
 def test_a_name_that_could_be_a_machine_type_is_taken(name):
-    machine_types.check_name(name)
+    machine_types.check_machine_type(name)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_a_name_that_could_be_a_machine_type_is_taken(name):
 )
 def test_a_name_that_cannot_be_is_refused_with_a_hint(name, hint):
     with pytest.raises(MachineTypeError, match=f"There is no machine type '{name}': {hint}"):
-        machine_types.check_name(name)
+        machine_types.check_machine_type(name)
 
 
 def test_every_machine_of_the_catalogue_has_a_name_that_is_taken():
     for name in machine_types.CATALOGUE:
-        machine_types.check_name(name)
+        machine_types.check_machine_type(name)
 
 
 def test_every_family_is_in_the_catalogue():

@@ -67,6 +67,9 @@ def without_live_parts(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode
 
 def _is_live(output: nbformat.NotebookNode) -> bool:
     data = output.get("data", {})
+    # Beam's spinner, and the script that removes it.
+    if "application/javascript" in data or "progress_indicator_" in data.get("text/html", ""):
+        return True
     is_blank = set(data) == {"text/plain"} and not data["text/plain"].strip()
     return WIDGET in data or is_blank or output.get("name") == "stderr"
 

@@ -152,7 +152,7 @@ def _machine(
     machine = machine_types.CATALOGUE.get(machine_type or "")
     if machine_type and machine is None:
         try:
-            machine_types.check_name(machine_type)
+            machine_types.check_machine_type(machine_type)
         except MachineTypeError as error:
             yield Finding(f"machine {machine_type}", MISS, str(error), "leave it out, or name another")
             return

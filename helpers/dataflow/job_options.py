@@ -79,7 +79,7 @@ def set_defaults(
     manifest.check_model(state_dict_path, model_name)  # each worker would refuse it, and start again for ever
     worker = options.view_as(WorkerOptions)
     if worker.machine_type:
-        machine_types.check_name(worker.machine_type)
+        machine_types.check_machine_type(worker.machine_type)
     else:
         on_gpu = wants_gpu(answering.device)
         sizing = size_for_serving(state_dict_path, manifest, on_gpu=on_gpu, **answering.workload())

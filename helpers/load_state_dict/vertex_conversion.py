@@ -136,7 +136,7 @@ def vertex(
     storage.check_writable(f"gs://{bucket}/packages")
     needed = size_model(model_name, dtype=dtype).convert
     if machine_type:
-        machine_types.check_name(machine_type)
+        machine_types.check_machine_type(machine_type)
     machine_type = machine_type or needed.machine.name
     disk_size_gb = disk_size_gb or max(needed.disk_gb or 0, MINIMUM_CONVERT_DISK_GB)
     arguments = [

@@ -1,6 +1,7 @@
 """Runs a command with this machine in Google Cloud's place, and returns the command's exit code."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -50,7 +51,19 @@ def main() -> int:
         if options.serve is not None:
             serve(cloud, options.serve)
             return 0
-        return _run(command, {**os.environ, **cloud.environment})
+        return _run(command, {**os.environ, **cloud.environment, **_names(cloud)})
+
+
+def _names(cloud: LocalCloud) -> dict[str, str]:
+    """What the documented commands take from variables: the project, a region, and a bucket, which is made.
+
+    The bucket is that of the notebooks, unless the caller's own BUCKET names another.
+    """
+    bucket = os.environ.get("BUCKET") or f"{cloud.project}-streaming-llm"
+    with contextlib.suppress(OSError):  # a name that cannot be one: whatever uses it says so
+        (cloud.storage_root / bucket).mkdir(exist_ok=True)
+    location = os.environ.get("LOCATION") or "us-central1"
+    return {"PROJECT": cloud.project, "LOCATION": location, "BUCKET": bucket}
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

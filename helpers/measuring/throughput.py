@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tqdm.auto import tqdm
+
 from helpers.model_handler import AnsweringOptions, Failure
 from helpers.model_handler.language_model import LanguageModel
 from helpers.model_handler.served_model import ModelSource
@@ -69,12 +71,11 @@ def measure_throughput(
     for model in by_dtype.values():
         model.ask(PROMPTS[:1], AnsweringOptions(max_response_tokens=2))  # the first call prepares kernels
     rates: dict[tuple[str, int], list[float]] = {}
-    for size in batch_sizes:
+    runs = [(size, dtype) for size in batch_sizes for _ in range(repeats) for dtype in by_dtype]
+    for size, dtype in tqdm(runs, desc="runs", leave=False):
         prompts = [PROMPTS[n % len(PROMPTS)] for n in range(size)]
-        for _ in range(repeats):
-            for dtype, model in by_dtype.items():
-                tokens, seconds = timed_ask(model, prompts, options)
-                rates.setdefault((dtype, size), []).append(tokens / seconds)
+        tokens, seconds = timed_ask(by_dtype[dtype], prompts, options)
+        rates.setdefault((dtype, size), []).append(tokens / seconds)
     return [Throughput(dtype, size, statistics.median(runs)) for (dtype, size), runs in rates.items()]
 
 

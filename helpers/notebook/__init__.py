@@ -7,6 +7,7 @@ __all__, __getattr__ = public(
     {
         "connection": ["Connection", "ConnectionFailed", "connect"],
         "environment": ["prepare"],
+        "interaction": ["at_least", "progress", "prompt_box"],
         "scratch": ["clean_up", "scratch_folder"],
         "tables": ["Board", "Table", "table", "versions"],
     },

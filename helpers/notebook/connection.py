@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ class Connection:
     def gs(self, *parts: str) -> str:
         """A path in the bucket: `gs("temp")` is `gs://BUCKET/temp`."""
         return "/".join([f"gs://{self.bucket}", *parts])
+
+    def removal(self, *paths: str) -> str:
+        """The command that removes what a notebook leaves in the bucket: to be copied as it is."""
+        if self.is_local:  # gcloud does not know it
+            return "make clean"
+        return f"gcloud storage rm --recursive {shlex.join(paths)}"
 
     def state_dict_path(self, model_name: str) -> str:
         """Where the series keeps a model's state dict: `gs://BUCKET/run-inference/MODEL.pt`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -28,13 +29,15 @@ class Table:
     def __init__(self, rows: Iterable[Mapping[str, object]]) -> None:
         import pandas as pd
 
-        self.frame = pd.DataFrame(list(rows))
+        frame = pd.DataFrame(list(rows))
+        # A column that is empty in every row tells nothing.
+        self.frame = frame[[name for name in frame if not (frame[name].astype(str) == "").all()]]
 
     def _repr_html_(self) -> str:
         import pandas as pd
 
         text = [name for name in self.frame if not pd.api.types.is_numeric_dtype(self.frame[name])]
-        styler = self.frame.style.hide(axis="index").format(precision=2, escape="html")
+        styler = self.frame.style.hide(axis="index").format(_text, escape="html")
         styler.set_properties(subset=text, **{"text-align": "left", "white-space": "pre-wrap"})
         # Each header is aligned like its column: text to the left, numbers to the right.
         styler.set_table_styles(
@@ -43,7 +46,15 @@ class Table:
         return styler.to_html()
 
     def __repr__(self) -> str:
-        return self.frame.to_string(index=False, max_colwidth=72)
+        return self.frame.to_string(index=False, max_colwidth=72, float_format=_text)
+
+
+def _text(value: object) -> object:
+    """A measured number with three significant digits: further ones would promise what no run repeats."""
+    if not isinstance(value, float) or not math.isfinite(value):
+        return value
+    digits = 3 - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(max(digits, 0), 4)}f}"
 
 
 def table(rows: Iterable[Mapping[str, object]]) -> Table:

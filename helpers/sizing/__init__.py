@@ -6,7 +6,7 @@ from helpers import public
 __all__, __getattr__ = public(
     __name__,
     {
-        "machine_types": ["MachineType", "MachineTypeError"],
+        "machine_types": ["MachineType", "MachineTypeError", "check_machine_type"],
         "model_memory": ["SizingError"],
         "sizes": ["Phase", "Sizing", "size_model"],
     },

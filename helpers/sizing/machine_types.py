@@ -172,7 +172,7 @@ _NAME = re.compile(
 )
 
 
-def check_name(name: str) -> None:
+def check_machine_type(name: str) -> None:
     """Checks that a machine type of this name could exist, in this catalogue or out of it.
 
     Raises:

@@ -1,0 +1,98 @@
+"""What a notebook asks of its reader, and what it shows while the reader waits."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from tqdm.auto import tqdm
+
+
+def at_least(least: float, **parameters: object) -> None:
+    """Checks parameters that are numbers, before anything is made that they are for.
+
+    Args:
+        least: the least value.
+        parameters: the values, by the parameters' names.
+
+    Raises:
+        ValueError: one is less, or no number.
+    """
+    for name, value in parameters.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value < float("inf"):
+            raise ValueError(f"{name} = {value!r}: it must be a number of at least {least}.")
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None = None) -> Iterator[tqdm]:
+    """A bar whose clock goes on while nothing arrives.
+
+        with progress("answers", len(ids)) as bar:
+            collect_answers(..., progress=bar.update)
+
+    Args:
+        what: what is waited for.
+        total: how many, if that is known.
+    """
+    form = None if total else "{desc}: {elapsed}"
+    done = threading.Event()
+    with tqdm(total=total, desc=what, bar_format=form, leave=False) as bar:
+
+        def tick() -> None:
+            while not done.wait(1):
+                bar.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        ticking.start()
+        try:
+            yield bar
+        finally:
+            done.set()
+            ticking.join()
+
+
+def prompt_box(ask: Callable[[str], str | None]) -> None:
+    """A text box under the cell: a prompt that is typed into it is asked, and its answer shown with its time.
+
+    A run that nobody watches passes it by: nothing happens until somebody types.
+
+    Args:
+        ask: takes a prompt; returns its answer, or None if none came in time.
+    """
+    import ipywidgets
+    from IPython.display import display
+
+    text = ipywidgets.Text(placeholder="Type a prompt", layout=ipywidgets.Layout(width="32em"))
+    button = ipywidgets.Button(description="Ask", layout=ipywidgets.Layout(width="6em"))
+    shown = ipywidgets.HTML()
+
+    def answer(_: object) -> None:
+        prompt = text.value.strip()
+        if not prompt or button.disabled:
+            return
+        text.disabled = button.disabled = True
+        shown.value = "<i>asked, and waiting for the answer …</i>"
+        started = time.monotonic()
+        try:
+            said = ask(prompt)
+        except Exception as error:  # there is no cell to show it under
+            shown.value = _paragraph(f"It could not be asked: {error}")
+        else:
+            seconds = time.monotonic() - started
+            shown.value = _paragraph(
+                f"{said}\n({seconds:.1f} s)" if said is not None else f"No answer in {seconds:.0f} s."
+            )
+        finally:
+            text.disabled = button.disabled = False
+
+    button.on_click(answer)
+    display(ipywidgets.VBox([ipywidgets.HBox([text, button]), shown]))
+
+
+def _paragraph(text: str) -> str:
+    """Text as it is, whatever marks are in it."""
+    return f"<div style='white-space: pre-wrap'>{html.escape(text)}</div>"
