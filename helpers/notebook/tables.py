@@ -31,7 +31,7 @@ class Table:
 
         frame = pd.DataFrame(list(rows))
         # A column that is empty in every row tells nothing.
-        self.frame = frame[[name for name in frame if not (frame[name].astype(str) == "").all()]]
+        self.frame = frame[[name for name in frame if any(value != "" for value in frame[name])]]
 
     def _repr_html_(self) -> str:
         import pandas as pd
@@ -50,11 +50,13 @@ class Table:
 
 
 def _text(value: object) -> object:
-    """A measured number with three significant digits: further ones would promise what no run repeats."""
+    """A measured number with at most three significant digits: more would promise what no run repeats. One
+    that was rounded before gets no zeros."""
     if not isinstance(value, float) or not math.isfinite(value):
         return value
     digits = 3 - 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{min(max(digits, 0), 4)}f}"
+    own = len(str(float(value)).partition(".")[2])
+    return f"{value:,.{min(max(digits, 0), own, 4)}f}"
 
 
 def table(rows: Iterable[Mapping[str, object]]) -> Table:

@@ -1,0 +1,102 @@
+"""What the notebooks show: tables without empty columns and false digits, checked numbers, a prompt box."""
+
+import time
+
+import pytest
+
+from helpers import notebook
+from helpers.notebook import interaction
+
+
+def test_a_column_that_is_empty_in_every_row_is_left_out():
+    rows = [{"what": "a", "mend": "", "data": b"\xff"}, {"what": "b", "mend": "", "data": b""}]
+    text = repr(notebook.table(rows))
+    assert "mend" not in text
+    assert "mend" not in notebook.table(rows)._repr_html_()
+    assert r"b'\xff'" in text
+    assert "mend" in repr(notebook.table([*rows, {"what": "c", "mend": "this", "data": b""}]))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (312.4049, "312"),
+        (33.995, "34.0"),
+        (0.5289, "0.529"),
+        (2.0, "2.0"),
+        (12345.6, "12,346"),
+        (0.0, "0.0"),
+        (0.2, "0.2"),
+        (3.14159, "3.14"),
+    ],
+)
+def test_measured_numbers_have_three_significant_digits(value, shown):
+    table = notebook.table([{"x": value}])
+    assert repr(table).split()[-1] == shown
+    assert f">{shown}<" in table._repr_html_()
+
+
+def test_text_in_a_table_is_shown_as_it_is():
+    assert "&lt;b&gt;" in notebook.table([{"x": "<b>"}])._repr_html_()
+
+
+def test_a_table_without_rows_is_shown():
+    assert notebook.table([])._repr_html_()
+
+
+@pytest.mark.parametrize("value", [-5, float("nan"), float("inf"), "3", None, True])
+def test_a_parameter_that_is_no_number_or_too_small_is_refused(value):
+    with pytest.raises(ValueError, match=r"load = .*: it must be a number of at least 0"):
+        notebook.at_least(0, n=0, load=value)
+
+
+def test_the_clock_of_progress_goes_on_while_nothing_arrives(capsys):
+    with notebook.progress("waiting") as bar:
+        time.sleep(1.3)
+    assert "waiting: 00:01" in capsys.readouterr().err
+    assert bar.disable or bar.desc == "waiting"
+
+
+@pytest.fixture
+def box(monkeypatch):
+    """Makes a prompt box, and returns its parts."""
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+
+    def make(ask):
+        notebook.prompt_box(ask)
+        row, answer = shown[-1].children
+        return *row.children, answer
+
+    return make
+
+
+def test_a_prompt_that_is_typed_is_asked_and_answered(box):
+    text, button, answer = box(lambda prompt: f"<{prompt}>")
+    button.click()
+    assert answer.value == "", "nothing was typed"
+    text.value = " Hello "
+    button.click()
+    assert "&lt;Hello&gt;\n(0.0 s)" in answer.value
+    assert not (text.disabled or button.disabled)
+
+
+def test_a_prompt_that_has_no_answer_or_an_error_says_so(box):
+    text, button, answer = box(lambda prompt: None)
+    text.value = "Hello"
+    button.click()
+    assert "No answer in 0 s." in answer.value
+
+    def fail(_):
+        raise RuntimeError("the topic is gone")
+
+    text, button, answer = box(fail)
+    text.value = "Hello"
+    button.click()
+    assert "It could not be asked: the topic is gone" in answer.value
+    assert not button.disabled
+
+
+def test_progress_ends_when_its_work_fails():
+    with pytest.raises(ZeroDivisionError), interaction.progress("work", 3):
+        raise ZeroDivisionError
