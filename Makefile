@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: install run test test-all check badges bench lint format notebooks lab clean help
+.PHONY: install run test test-all check badges bench lint format notebooks pictures lab clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,10 @@ format: $(INSTALLED) ## format modules and notebooks
 
 notebooks: $(INSTALLED) ## run the notebooks on this machine and commit their outputs to notebooks/
 	$(PY) tools/run_notebooks.py --out out --commit
+	$(PY) tools/pictures.py
+
+pictures: $(INSTALLED) ## make the README's picture from the notebooks' outputs
+	$(PY) tools/pictures.py
 
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks

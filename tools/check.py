@@ -205,7 +205,10 @@ def problems(root: Path) -> Iterator[str]:
     paths = sorted((root / "notebooks").glob("*.ipynb"))
     notebooks = {path: nbformat.read(path, as_version=4) for path in paths}
     pages = {path: prose(notebook) for path, notebook in notebooks.items()}
-    for path in (*root.glob("*.md"), *(p for f in ("docs", "helpers", "notebooks") for p in (root / f).rglob("*.md"))):
+    for path in (
+        *root.glob("*.md"),
+        *(p for f in ("docs", "helpers", "notebooks") for p in (root / f).rglob("*.md")),
+    ):
         pages[path] = path.read_text()
     for path, notebook in notebooks.items():
         for check in NOTEBOOK_CHECKS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,17 @@ def progress(what: str, total: int | None = None) -> Iterator[tqdm]:
         finally:
             done.set()
             ticking.join()
+
+
+def quiet_interactive_beam() -> None:
+    """Hides the notices that Interactive Beam shows as coloured boxes, some of which read as instructions.
+
+    Its warnings and errors still show.
+    """
+    from apache_beam.runners.interactive import interactive_environment
+
+    interactive_environment.current_env()  # sets the level itself, when it is first asked for
+    logging.getLogger("apache_beam.runners.interactive").setLevel(logging.WARNING)
 
 
 def prompt_box(ask: Callable[[str], str | None]) -> None:

@@ -54,7 +54,7 @@ def _text(value: object) -> object:
     that was rounded before gets no zeros."""
     if not isinstance(value, float) or not math.isfinite(value):
         return value
-    digits = 3 - 1 - math.floor(math.log10(abs(value))) if value else 0
+    digits = 3 - 1 - math.floor(math.log10(abs(value))) if value else 2
     own = len(str(float(value)).partition(".")[2])
     return f"{value:,.{min(max(digits, 0), own, 4)}f}"
 
