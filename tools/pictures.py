@@ -1,4 +1,4 @@
-"""Makes the README's picture from the committed notebooks: what was asked and answered, and what was measured.
+"""Makes the README's picture from the committed notebooks: what was asked, answered and measured.
 
 python tools/pictures.py
 """
