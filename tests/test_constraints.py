@@ -50,7 +50,7 @@ def conflicts(python: str, pinned: dict[str, str]) -> list[str]:
                     metadata = importlib.metadata.metadata(name)
                 except importlib.metadata.PackageNotFoundError:
                     continue
-                if f"{python}.9" not in SpecifierSet(metadata.get("Requires-Python") or ""):
+                if f"{python}.0" not in SpecifierSet(metadata.get("Requires-Python") or ""):
                     found.append(f"{name} {pinned[name]} does not support Python {python}")
                 for text in importlib.metadata.requires(name) or ():
                     one = Requirement(text)
@@ -69,6 +69,33 @@ def test_the_pin_that_kept_python_3_13_out_is_found():
     (conflict,) = conflicts("3.13", pinned)
     assert re.search(r"apache-beam .* asks for google-apitools.*0\.5\.35", conflict)
     assert conflicts("3.12", pins("3.12")) == []
+
+
+def resolve(python: str, constraints: Path) -> subprocess.CompletedProcess:
+    """Resolves all that `make` installs from the package index, for a Python that need not be here."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
+    command += ["--python-version", python, "--constraint", constraints, ROOT / "requirements.txt"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_package_index_has_what_the_constraints_name(python):
+    done = resolve(python, ROOT / "constraints.txt")
+    assert done.returncode == 0, done.stderr
+    resolved = dict(line.split("==") for line in done.stdout.split() if "==" in line)
+    pinned = pins(python)
+    assert {name: pinned.get(name) for name in ("apache-beam", "torch", "transformers")} == {
+        name: resolved[name] for name in ("apache-beam", "torch", "transformers")
+    }
+    assert resolved["google-apitools"] == pinned["google-apitools"]
+
+
+def test_the_pin_that_kept_python_3_13_out_does_not_resolve(tmp_path):
+    wrong = tmp_path / "constraints.txt"
+    wrong.write_text((ROOT / "constraints.txt").read_text().replace("0.5.35", "0.5.31"))
+    done = resolve("3.13", wrong)
+    assert done.returncode != 0
+    assert "google-apitools" in done.stderr
 
 
 @pytest.mark.parametrize(
