@@ -45,7 +45,7 @@ lint: $(INSTALLED) ## check modules and notebooks
 format: $(INSTALLED) ## format modules and notebooks
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-notebooks: $(INSTALLED) ## run the notebooks on this machine and commit their outputs to notebooks/
+notebooks: $(INSTALLED) clean ## run the notebooks on this machine, from nothing, and write their outputs into notebooks/
 	$(PY) tools/run_notebooks.py --out out --commit
 	$(PY) tools/pictures.py
 
