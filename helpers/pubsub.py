@@ -3,8 +3,9 @@
     python -m helpers.pubsub create --project P messages responses
     python -m helpers.pubsub ask    --project P "What is the capital of France?"
 
-`create` makes topics, each with a subscription of its name. `ask` publishes prompts to the topic `messages`,
-and prints their responses from the topic `responses`, as a running job sends them.
+`create` makes topics, each with a subscription of its name, and keeps those that are there. `ask` publishes
+prompts to the topic `messages`, and prints their responses from the topic `responses`, as a running job sends
+them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def create_topic(project: str, name: str) -> str:
     return path
 
 
-def create_subscription(topic: str, name: str, *, ack_deadline_seconds: int = 60) -> str:
+def create_subscription(
+    topic: str, name: str, *, ack_deadline_seconds: int = 60, replace: bool = True
+) -> str:
     """Makes a subscription to a topic, and returns its path: `projects/PROJECT/subscriptions/NAME`.
 
     One of the same name, left by an earlier run, is replaced: its messages are not this run's.
@@ -48,16 +51,25 @@ def create_subscription(topic: str, name: str, *, ack_deadline_seconds: int = 60
         topic: the topic's path.
         name: the subscription's name, in the topic's project.
         ack_deadline_seconds: an unacknowledged message is delivered again after this time, 10 to 600.
+        replace: whether to replace one of the same name, rather than to keep it with its messages.
 
     Raises:
         google.api_core.exceptions.NotFound: there is no such topic.
+        ValueError: one is to be kept that is of another topic.
     """
     with pubsub_v1.SubscriberClient() as subscriber:
         path = subscriber.subscription_path(topic.split("/")[1], name)
-        with contextlib.suppress(NotFound):
-            subscriber.delete_subscription(subscription=path)
+        if replace:
+            with contextlib.suppress(NotFound):
+                subscriber.delete_subscription(subscription=path)
         request = {"name": path, "topic": topic, "ack_deadline_seconds": ack_deadline_seconds}
-        subscriber.create_subscription(request=request)
+        try:
+            subscriber.create_subscription(request=request)
+        except AlreadyExists:
+            if replace:
+                raise
+            if (own := subscriber.get_subscription(subscription=path).topic) != topic:
+                raise ValueError(f"{path} is a subscription to {own}, not to {topic}.") from None
     return path
 
 
@@ -171,23 +183,32 @@ def collect_answers(
     return answers
 
 
-def ask(topic: str, responses: str, prompt: str, *, timeout: float = 120) -> str | None:
-    """Publishes one prompt, and waits for its response; None if none came in time.
+def ask(
+    topic: str, responses_topic: str, prompts: Sequence[str], *, timeout: float = 120
+) -> list[str | None]:
+    """Publishes prompts, and waits for their responses, beside whatever else reads these.
 
     Args:
         topic: the path of the topic of the prompts.
-        responses: the path of a subscription to the responses topic. Other responses that arrive are
-            acknowledged.
-        prompt: the prompt.
+        responses_topic: the path of the topic of the responses. It is read by a subscription for these
+            prompts alone, made before they are published and deleted afterwards.
+        prompts: the prompts.
         timeout: how long to wait, in seconds.
 
+    Returns:
+        The response to each prompt, in order; None for one without a response in time.
+
     Raises:
-        ValueError: the prompt is empty.
-        google.api_core.exceptions.NotFound: there is no such topic or subscription.
+        ValueError: a prompt is empty.
+        google.api_core.exceptions.NotFound: there is no such topic.
     """
-    ids = publish(topic, [prompt])
-    answers = collect_answers(responses, ids, timeout=timeout)
-    return answers[ids[0]].data.decode() if answers else None
+    subscription = create_subscription(responses_topic, f"ask-{uuid.uuid4().hex[:12]}")
+    try:
+        ids = publish(topic, prompts)
+        answers = collect_answers(subscription, ids, timeout=timeout)
+    finally:
+        delete(subscription)
+    return [answers[one].data.decode() if one in answers else None for one in ids]
 
 
 def delete(*paths: str) -> None:
@@ -223,10 +244,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "create":
             for name in given.names:
-                print(create_subscription(create_topic(given.project, name), name))
+                print(create_subscription(create_topic(given.project, name), name, replace=False))
             return 0
         return _ask(given)
-    except (GoogleAPICallError, GoogleAuthError, ValueError) as error:
+    except GoogleAuthError as error:
+        mend = "run `gcloud auth application-default login`, or try it with python -m helpers.local_cloud"
+        print(f"error: no credentials for Google Cloud: {mend}. ({error})", file=sys.stderr)
+        return 1
+    except NotFound as error:
+        print(f"error: {error.message} (`create` makes topics.)", file=sys.stderr)
+        return 1
+    except (GoogleAPICallError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -235,18 +263,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _ask(given: argparse.Namespace) -> int:
     topics = f"projects/{given.project}/topics"
-    # Of its own, and from before the prompts: what the job's readers receive is left to them.
-    subscription = create_subscription(f"{topics}/{given.responses}", f"ask-{uuid.uuid4().hex[:12]}")
-    try:
-        ids = publish(f"{topics}/{given.messages}", given.prompts)
-        answers = collect_answers(subscription, ids, timeout=given.timeout)
-    finally:
-        delete(subscription)
-    for prompt_id, prompt in zip(ids, given.prompts, strict=True):
-        if prompt_id in answers:
-            print(f"{prompt}\n{answers[prompt_id].data.decode()}\n")
-    if missing := len(ids) - len(answers):
-        print(f"error: {missing} of {len(ids)} prompts have no response. Is a job running?", file=sys.stderr)
+    answers = ask(
+        f"{topics}/{given.messages}", f"{topics}/{given.responses}", given.prompts, timeout=given.timeout
+    )
+    for prompt, answer in zip(given.prompts, answers, strict=True):
+        if answer is not None:
+            print(f"{prompt}\n{answer}\n")
+    if missing := answers.count(None):
+        print(
+            f"error: {missing} of {len(answers)} prompts have no response. Is a job running?", file=sys.stderr
+        )
     return 1 if missing else 0
 
 

@@ -1,6 +1,5 @@
 """Badges follow from the repository's address and the notebook's path, and from nothing else."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ def clone(tmp_path, monkeypatch) -> Path:
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, root)
     subprocess.run(["git", "init", "--quiet", root], check=True)
+    badges.write(root, "", "main")  # where this repository is published, it has badges
     return root
 
 
@@ -53,6 +53,9 @@ def test_what_is_committed_holds_no_wrong_badge():
         "https://github.com/someone/streaming.git",
         "git@github.com:someone/streaming.git",
         "ssh://git@github.com/someone/streaming",
+        "ssh://git@ssh.github.com:443/someone/streaming.git",
+        "ssh://git@github.com:22/someone/streaming",
+        "git@github.com-work:someone/streaming.git",
         "https://a-user:a-token@github.com/someone/streaming",
     ],
 )
@@ -67,9 +70,7 @@ def test_a_clone_with_a_remote_gets_the_remotes_badges(clone, address):
     assert f"download_url=https://{raw})" in text
     assert f"colab/import/https:%2F%2F{raw.replace('/', '%2F')})" in text
     assert "cloudshell/open?git_repo=https://github.com/someone/streaming&" in contents(clone)["README.md"]
-    assert 'REPOSITORY, REVISION = \\"https://github.com/someone/streaming\\", \\"main\\"' in "".join(
-        contents(clone).values()
-    )
+    assert 'REPOSITORY = "https://github.com/someone/streaming"\n' in set_up_address(clone)
     assert "a-token" not in "".join(contents(clone).values())
     assert badges.problems(clone) == []
     assert "Changed: nothing" in make_badges(clone)
@@ -101,17 +102,35 @@ def test_without_an_address_there_are_no_badges(clone):
     assert contents(clone) == before
 
 
+@pytest.mark.parametrize("path", ["/srv/git/streaming.git", "../up", "file:///srv/git/streaming", "C:/git/x"])
+def test_a_clone_of_a_folder_is_published_nowhere_unless_it_is_said(clone, path):
+    remote(clone, path)
+    assert "No address is known" in make_badges(clone)
+    assert 'REPOSITORY = ""' in set_up_address(clone)
+    make_badges(clone, "--repository", "file:///srv/git/streaming")
+    assert 'REPOSITORY = "file:///srv/git/streaming"' in set_up_address(clone)
+
+
+def test_what_is_published_passes_the_checks(clone):
+    make_badges(clone, "--repository", "some-organisation-with-a-name/streaming-llm-inference-notebooks")
+    ruff = [sys.executable, "-m", "ruff"]
+    # Without the helpers beside them, ruff sorts imports otherwise.
+    for command in (["check", "--ignore=I001"], ["format", "--check"]):
+        done = subprocess.run([*ruff, *command, clone / "notebooks"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 def test_another_host_gets_the_set_up_cells_address_alone(clone):
     remote(clone, "https://git.example.com/group/streaming.git")
     assert "not on GitHub" in make_badges(clone)
     assert "](" not in first_cell(clone).partition("<!-- /badges")[0]
-    assert '"https://git.example.com/group/streaming' in json.loads(json.dumps(set_up_address(clone)))
+    assert 'REPOSITORY = "https://git.example.com/group/streaming"' in set_up_address(clone)
     assert badges.problems(clone) == []
 
 
 def set_up_address(root: Path) -> str:
     cells = nbformat.read(root / "notebooks" / "01_size_the_model.ipynb", 4).cells
-    [source] = [cell.source for cell in cells if "REPOSITORY, REVISION =" in cell.source]
+    [source] = [cell.source for cell in cells if "REPOSITORY =" in cell.source]
     return source
 
 
@@ -137,7 +156,7 @@ def test_only_the_badges_and_the_address_change(clone):
         ("README.md", "github/someone/streaming", "github/someone/else", "do not lead to"),
         ("README.md", "# Streaming", "https://colab.research.google.com/github/x\n# Streaming", "outside"),
         ("01_size_the_model.ipynb", "badges notebooks/01_size", "badges notebooks/02_size", "not there"),
-        ("01_size_the_model.ipynb", '\\"main\\"', '\\"dev\\"', "more than one address"),
+        ("01_size_the_model.ipynb", 'REVISION = \\"main', 'REVISION = \\"dev', "more than one address"),
     ],
 )
 def test_a_wrong_badge_is_found(clone, name, old, new, problem):

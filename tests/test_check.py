@@ -73,6 +73,11 @@ BROKEN = {
         lambda n: set_output(n, output_type="display_data", data={"image/png": "A" * 300_000}),
         "has an output of 300,",
     ),
+    "a widget": (
+        lambda n: set_output(n, output_type="display_data", data={check.WIDGET: {"model_id": "x"}}),
+        "has a widget",
+    ),
+    "no Python": (lambda n: set_source(n, 3, "%pip list"), "is no Python"),
     "metadata of a run": (lambda n: n.metadata.update(widgets={}), "metadata of a run: widgets"),
     "no parameters": (lambda n: n.cells[1].metadata.clear(), "0 cells with the tag parameters"),
     "a parameter without a type": (lambda n: set_source(n, 1, PARAMETERS + "\nx = 3  # x"), "without a type"),
@@ -145,7 +150,7 @@ def repository(tmp_path) -> Path:
     (tmp_path / "pyproject.toml").write_text('[tool.ruff.lint]\nselect = ["F"]\nignore = ["F821"]\n')
     (tmp_path / "README.md").write_text("# Words\n\n[the notebook](notebooks/00_good.ipynb)\n")
     notebook = good()
-    notebook.cells[3].source = 'REPOSITORY, REVISION = "", "main"\nnotebook.connect(project)'
+    notebook.cells[3].source = 'REPOSITORY = ""\nREVISION = "main"\nnotebook.connect(project)'
     nbformat.write(notebook, tmp_path / "notebooks" / "00_good.ipynb")
     (tmp_path / "helpers" / "good.py").write_text('"""A module."""\n')
     return tmp_path
@@ -166,3 +171,13 @@ def test_a_repository_is_checked_as_a_whole(repository):
     assert f"README.md: {MISSPELT} ==> separate" in said
     assert f"helpers/good.py:1: {MISSPELT} ==> separate" in said
     assert "F401" in said
+
+
+def test_a_tool_that_fails_is_a_problem(repository):
+    (repository / "pyproject.toml").write_text('[tool.ruff.lint]\nselect = ["NOSUCH"]\n')
+    (repository / "README.md").write_text("# Words\n\nMEASURED\n\nTODO: more.\n")
+    code, said = run_check(repository)
+    assert code == 1
+    assert "ruff failed" in said
+    assert "README.md: a reminder: MEASURED" in said
+    assert "README.md: a reminder: TODO" in said

@@ -36,7 +36,15 @@ def test_sizes_are_those_of_the_documentation(name, vcpus, memory_gb):
             "e2-medium",
             "f1-micro",
         ),
-        *("c3-standard-8-lssd", "n1-standard-1", "m3-ultramem-32", "a4-highgpu-8g", "ct5lp-hightpu-4t"),
+        *(
+            "c3-standard-8-lssd",
+            "n1-standard-1",
+            "m3-ultramem-32",
+            "e2-custom-micro-1024",
+            "z3-highmem-192-highlssd-metal",
+            "a4-highgpu-8g",
+            "ct5lp-hightpu-4t",
+        ),
     ],
 )
 def test_a_name_that_could_be_a_machine_type_is_taken(name):
@@ -51,6 +59,8 @@ def test_a_name_that_could_be_a_machine_type_is_taken(name):
         ("n4-standart-4", "n4 has standard, highmem, highcpu"),
         ("large", "one is called n4-standard-4"),
         ("n4-standard", "one is called n4-standard-4"),
+        ("n4-standard-08", "one is called"),
+        ("n4-standard-²", "one is called"),
         ("", "one is called"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_constraints import environment, pins
 
@@ -59,6 +60,24 @@ def test_in_colab_only_what_is_absent_is_installed():
     assert taken <= pins("3.13").keys(), "each at the version that was tested"
 
 
+def test_of_what_colab_has_only_what_was_tried_is_outside_of_what_is_asked_for():
+    """The notebooks were run with these three; one more may break them."""
+    runtime = colab()
+    taken = installed_in(runtime)
+    outside = set()
+    for name in taken:
+        for asked in map(Requirement, set_up.requirements_of(name)):
+            found = runtime.get(canonicalize_name(asked.name))
+            holds = asked.marker is None or asked.marker.evaluate(environment("3.13"))
+            if found and holds and not asked.specifier.contains(found, prereleases=True):
+                outside.add((name, asked.name))
+    assert outside == {
+        ("apache-beam", "pillow"),
+        ("google-cloud-build", "protobuf"),
+        ("google-cloud-pubsub", "protobuf"),
+    }
+
+
 def test_colabs_versions_are_within_the_ranges():
     assert set_up.wrong_versions(colab().get) == {}
 
@@ -97,7 +116,9 @@ def test_where_pip_finds_nothing_one_sentence_says_so(monkeypatch):
         set_up._pip("--no-deps", "no-such-package")
 
 
-def test_the_environment_of_these_tests_lacks_nothing(monkeypatch):
+def test_the_environment_of_these_tests_lacks_nothing(monkeypatch, tmp_path):
+    set_up.prepare()
+    monkeypatch.setattr(set_up, "ROOT", tmp_path)  # installed as a package, without its repository
     set_up.prepare()
 
 
@@ -125,9 +146,9 @@ def published(tmp_path_factory) -> str:
 def run_alone(folder: Path, repository: str, revision: str = "main") -> subprocess.CompletedProcess:
     """Runs the set-up cell, up to where the helpers are found, in a folder with nothing else."""
     cell = set_up_cell(NOTEBOOKS[0]).partition("notebook.prepare()")[0]
-    cell = re.sub(
-        r"^REPOSITORY, .*$", f"REPOSITORY, REVISION = {repository!r}, {revision!r}", cell, flags=re.M
-    )
+    for name, value in {"REPOSITORY": repository, "REVISION": revision}.items():
+        cell, count = re.subn(rf'^{name} = "[^"]*"', f"{name} = {value!r}", cell, flags=re.MULTILINE)
+        assert count == 1
     code = f"{ALONE}{cell}\nprint(notebook.__file__)"
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
@@ -167,6 +188,13 @@ def test_what_cannot_be_fetched_is_told_in_a_sentence(published, tmp_path, repos
     assert "Traceback" not in done.stderr
     assert re.search(f"(?s)could not be fetched: .*{reason}.* Open this notebook in a copy", done.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_package_of_that_name_is_not_in_the_way(published, tmp_path):
+    (tmp_path / "helpers.py").write_text("")
+    done = run_alone(tmp_path, published)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "streaming-llm")
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(published, tmp_path):

@@ -44,10 +44,31 @@ def test_a_table_without_rows_is_shown():
     assert notebook.table([])._repr_html_()
 
 
-@pytest.mark.parametrize("value", [-5, float("nan"), float("inf"), "3", None, True])
+@pytest.mark.parametrize("value", [-5, 2.5, float("nan"), float("inf"), "3", None, True])
 def test_a_parameter_that_is_no_number_or_too_small_is_refused(value):
-    with pytest.raises(ValueError, match=r"load = .*: it must be a number of at least 0"):
+    with pytest.raises(ValueError, match=r"load = .*: it must be a whole number of at least 0"):
         notebook.at_least(0, n=0, load=value)
+
+
+def test_a_price_need_not_be_whole():
+    notebook.at_least(0.0, price_per_hour=2.5, other=0)
+    with pytest.raises(ValueError, match=r"price = -0\.1: it must be a number of at least 0"):
+        notebook.at_least(0.0, price=-0.1)
+
+
+@pytest.mark.parametrize("value", ["Paris", ["a", ""], ["a", 1], None])
+def test_a_parameter_that_is_no_list_of_texts_is_refused(value):
+    notebook.texts(prompts=["Paris"], others=[])
+    with pytest.raises(ValueError, match=r"prompts = .*: it must be a list of texts"):
+        notebook.texts(prompts=value)
+
+
+def test_a_board_keeps_its_first_row_and_the_last(monkeypatch):
+    board = notebook.Board(most_rows=3)
+    monkeypatch.setattr("IPython.display.display", lambda table, display_id: None)
+    for n in range(6):
+        board.add({"n": n})
+    assert [row["n"] for row in board._rows] == [0, 4, 5]
 
 
 def test_the_clock_of_progress_goes_on_while_nothing_arrives(capsys):

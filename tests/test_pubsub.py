@@ -1,6 +1,7 @@
 """Topics and subscriptions as the notebooks use them, against the local Pub/Sub."""
 
 import inspect
+import threading
 import time
 import uuid
 
@@ -67,6 +68,54 @@ def test_answers_are_matched_to_their_prompts_once(topic):
     assert answers["1"].data in (b"one", b"one again")
     assert answers["2"].data == b"two"
     assert set(pubsub.collect_answers(subscription, ["3"], timeout=1)) == set()
+
+
+def test_an_empty_message_is_told_before_any_is_published(topic):
+    subscription = pubsub.create_subscription(topic, f"empty-{uuid.uuid4().hex[:8]}")
+    with pytest.raises(ValueError, match=r"Message 2 of 2 is empty, and Pub/Sub takes no message without"):
+        pubsub.publish(topic, ["one", ""])
+    assert len(pubsub.publish(topic, [""], kind="empty")) == 1
+    [message] = pubsub.collect(subscription, 1, timeout=20)
+    assert dict(message.attributes) == {"kind": "empty"}
+    pubsub.delete(subscription)
+
+
+def test_a_subscription_that_is_to_be_kept_keeps_its_messages(topic, cloud, capsys):
+    name = topic.split("/")[-1]
+    create = ["create", "--project", cloud.project, name]
+    assert pubsub.main(create) == 0
+    pubsub.publish(topic, ["one"])
+    assert pubsub.main(create) == 0
+    subscription = f"projects/{cloud.project}/subscriptions/{name}"
+    assert capsys.readouterr().out == f"{subscription}\n{subscription}\n"
+    assert len(pubsub.collect(subscription, 1, timeout=20)) == 1
+    other = pubsub.create_topic(cloud.project, f"{name}-other")
+    with pytest.raises(ValueError, match="is a subscription to"):
+        pubsub.create_subscription(other, name, replace=False)
+    pubsub.delete(subscription, other)
+
+
+def test_prompts_are_asked_beside_other_readers(topic, cloud, capsys):
+    """A thread stands in for the job: it answers what it reads."""
+    name = topic.split("/")[-1]
+    responses = pubsub.create_topic(cloud.project, f"{name}-responses")
+    reader = pubsub.create_subscription(responses, f"{name}-reader")
+    messages = pubsub.create_subscription(topic, f"{name}-job")
+
+    def answer() -> None:
+        for message in pubsub.collect(messages, 2, timeout=30):
+            pubsub.publish(responses, [message.data.upper()], prompt_message_id=message.message_id)
+
+    job = threading.Thread(target=answer)
+    job.start()
+    command = ["ask", "--project", cloud.project, "--messages", name, "--responses", f"{name}-responses"]
+    assert pubsub.main([*command, "one", "two"]) == 0
+    job.join()
+    assert capsys.readouterr().out == "one\nONE\n\ntwo\nTWO\n\n"
+    assert len(pubsub.collect(reader, 2, timeout=20)) == 2, "the other reader has them too"
+    assert pubsub.main([*command, "--timeout=1", "three"]) == 1
+    assert "1 of 1 prompts have no response" in capsys.readouterr().err
+    pubsub.delete(reader, messages, responses)
 
 
 def test_collect_ends_when_its_time_is_over(topic):

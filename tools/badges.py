@@ -21,7 +21,7 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- badges (\S+) -->).*?(<!-- /badges -->)", re.DOTALL)
-ADDRESS = re.compile(r'^REPOSITORY, REVISION = ("[^"]*"), ("[^"]*")', re.MULTILINE)
+ADDRESS = re.compile(r'^REPOSITORY = ("[^"]*")\nREVISION = ("[^"]*")', re.MULTILINE)
 CLOUD_SHELL = "cloud_shell"
 # Where a badge may lead: a link to one of these is a badge's, and stands between the marks.
 HOSTS = ("colab.research.google.com/github/", "/colab/import/", "/workbench/instances?", "/cloudshell/open?")
@@ -40,9 +40,10 @@ def address(argument: str | None, root: Path) -> tuple[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git here
         return "", ""
-    # A clone of a folder of this machine is published nowhere.
     remote = done.stdout.strip()
-    return (remote, "the git remote") if done.returncode == 0 else ("", "")
+    # A clone of a folder of this machine is published nowhere: a path may only be an argument.
+    is_path = remote.startswith((".", "/", "file:", "~")) or re.match(r"[A-Za-z]:[\\/]", remote)
+    return (remote, "the git remote") if done.returncode == 0 and not is_path else ("", "")
 
 
 def settings(root: Path) -> dict[str, str]:
@@ -56,9 +57,11 @@ def normal(address: str) -> str:
     Raises:
         ValueError: it is neither `owner/name`, nor an address, nor an absolute path.
     """
-    if match := re.fullmatch(r"(?:ssh://)?git@([\w.-]+)[:/](.+?)(?:\.git)?/?", address):
-        return f"https://{match[1]}/{match[2]}"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", address):
+    if match := re.fullmatch(r"(?:ssh://)?git@([\w.-]+?)(?::\d+(?=/))?[:/](.+?)(?:\.git)?/?", address):
+        # GitHub's host for port 443, and the names that people with several accounts give to it.
+        host = "github.com" if re.match(r"(ssh\.)?github\.com(-|$)", match[1]) else match[1]
+        return f"https://{host}/{match[2]}"
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", address):
         return f"https://github.com/{address.removesuffix('.git')}"
     parts = urlsplit(address)
     if parts.scheme in ("http", "https") and parts.hostname and '"' not in address:
@@ -126,8 +129,8 @@ def write(root: Path, repository: str, branch: str) -> list[str]:
                 if cell.cell_type == "markdown":
                     cell.source = rewritten(cell.source, repository, branch)
                 else:
-                    line = f'REPOSITORY, REVISION = "{repository}", "{branch}"'
-                    cell.source = ADDRESS.sub(lambda _, line=line: line, cell.source)
+                    lines = f'REPOSITORY = "{repository}"\nREVISION = "{branch}"'
+                    cell.source = ADDRESS.sub(lambda _, lines=lines: lines, cell.source)
             after = nbformat.writes(notebook) + "\n"
         if after != before:
             path.write_text(after)

@@ -25,6 +25,8 @@ MOST_OUTPUT_BYTES = 250_000  # of one output: a plot has some 30,000
 MOST_CODE_CELLS = 2  # in a row, without prose between them
 A_PATH = re.compile(r"(?<![\w./])/(?:work|tmp|root|home|opt|usr|content|Users|var)/\S+")
 A_WARNING = re.compile(r"(?i)\bwarning\b|Traceback|KeyboardInterrupt")
+A_REMINDER = re.compile(r"\b(TODO|FIXME|TBD|XXX)\b|^[A-Z]{4,}$", re.MULTILINE)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 SETTLED_METADATA = {"kernelspec", "language_info"}
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
 REFERENCE = re.compile(r"^\[[^\]]+\]:\s*(\S+)", re.MULTILINE)
@@ -72,6 +74,8 @@ def outputs(notebook: NotebookNode) -> Iterator[str]:
                 yield f"cell {number} shows a path of the machine: {found[0][:80]}"
             if found := A_WARNING.search(text):
                 yield f"cell {number} shows {found[0]!r}"
+            if WIDGET in output.get("data", {}):
+                yield f"cell {number} has a widget, which needs a kernel"
             if (size := len(str(output))) > MOST_OUTPUT_BYTES:
                 yield f"cell {number} has an output of {size:,} bytes"
     if (size := len(nbformat.writes(notebook))) > MOST_BYTES:
@@ -87,7 +91,12 @@ def parameters(notebook: NotebookNode) -> Iterator[str]:
         yield f"{len(cells)} cells with the tag parameters"
         return
     lines = cells[0].source.splitlines()
-    for statement in ast.parse(cells[0].source).body:
+    try:
+        statements = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        yield f"the parameters are no Python: {error.msg}"
+        return
+    for statement in statements:
         line = lines[statement.lineno - 1]
         if not isinstance(statement, ast.AnnAssign):
             yield f"a parameter without a type: {line}"
@@ -115,7 +124,12 @@ def order(notebook: NotebookNode) -> Iterator[str]:
             continue
         if (length := len(cell.source.splitlines())) > MOST_LINES:
             yield f"cell {number} has {length} lines"
-        for node in ast.walk(ast.parse(cell.source)):
+        try:
+            tree = ast.parse(cell.source)
+        except SyntaxError as error:
+            yield f"cell {number} is no Python: {error.msg}"
+            continue
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 yield f"cell {number} defines {node.name}, which belongs in a module"
             if isinstance(node, ast.ImportFrom) and re.match(r"helpers\.\w+\.", node.module or ""):
@@ -161,6 +175,8 @@ def links(path: Path, text: str, texts: dict[Path, str]) -> Iterator[str]:
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     for link in LINK.findall(text) + REFERENCE.findall(text):
         parts = urlsplit(link)
+        if parts.scheme == "mailto":
+            continue
         if parts.scheme in ("http", "https"):
             if parts.scheme == "http" or not re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.hostname or ""):
                 yield f"a link that can't be right: {link}"
@@ -183,6 +199,8 @@ def spelling(root: Path, pages: dict[Path, str]) -> Iterator[str]:
     files = [str(path) for folder in ("helpers", "tools", "tests") for path in (root / folder).rglob("*.py")]
     done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
     yield from (line.replace(f"{root}/", "") for line in done.stdout.splitlines())
+    if done.returncode and not done.stdout:
+        yield f"codespell failed: {done.stderr.strip()[-300:]}"
     for path, text in pages.items():
         done = subprocess.run([*command, "-"], input=text, capture_output=True, text=True, check=False)
         for line in done.stdout.splitlines():
@@ -197,7 +215,10 @@ def style(root: Path) -> Iterator[str]:
             [sys.executable, "-m", "ruff", *command, str(root)], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            yield from (line for line in done.stdout.splitlines() if ":" in line)
+            lines = [
+                line for line in done.stdout.splitlines() if ":" in line and not line.startswith((" ", "|"))
+            ]
+            yield from lines or [f"ruff failed: {done.stderr.strip()[-300:]}"]
 
 
 def problems(root: Path) -> Iterator[str]:
@@ -215,7 +236,8 @@ def problems(root: Path) -> Iterator[str]:
             yield from (f"{path.name}: {problem}" for problem in check(notebook))
     yield from same_set_up({path.name: notebook for path, notebook in notebooks.items()})
     for path, text in pages.items():
-        found = links(path, text, {page.resolve(): other for page, other in pages.items()})
+        found = [*links(path, text, {page.resolve(): other for page, other in pages.items()})]
+        found += [f"a reminder: {match[0]}" for match in A_REMINDER.finditer(text)]
         yield from (f"{path.relative_to(root)}: {problem}" for problem in found)
     yield from badges.problems(root)
     yield from spelling(root, pages)

@@ -103,7 +103,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     # Silences a warning from the kernel's debugger that is of no use to a reader.
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    parameters = {name: yaml.safe_load(value) for name, value in arguments.parameter}
+    # An empty value is an empty text, as papermill itself reads it; for YAML it is nothing.
+    parameters = {name: yaml.safe_load(value) if value else "" for name, value in arguments.parameter}
     started, last = time.monotonic(), None
     for number, source in enumerate(sources, start=1):
         begun = time.monotonic()

@@ -62,11 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     try:
         _run(arguments)
-    except (JobError, GoogleAPICallError, GoogleAuthError) as error:
+    except GoogleAuthError as error:
+        mend = "run `gcloud auth application-default login`, or try it with python -m helpers.local_cloud"
+        print(f"error: no credentials for Google Cloud: {mend}. ({error})", file=sys.stderr)
+        return 1
+    except (JobError, GoogleAPICallError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted: the job goes on.", file=sys.stderr)
+        print("Interrupted: the job goes on, with what it was asked to do.", file=sys.stderr)
         return 130
     return 0
 
@@ -79,6 +83,8 @@ def _run(arguments: argparse.Namespace) -> None:
             print(json.dumps([row | {"overdue": bool(row["overdue"])} for row in rows], indent=2))
         for row in [] if arguments.json else rows:
             _print(row)
+        if not rows:
+            print("No job of this series is under way there.", file=sys.stderr)
     elif arguments.command == "reap":
         for listed, state in reap(*where, overdue_only=arguments.overdue):
             _print({"name": listed.name, "state": state, "job": listed.job.job_id})

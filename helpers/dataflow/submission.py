@@ -70,8 +70,8 @@ def submit(
     if is_submitted:
         job = Job(cloud.project, cloud.region, result.job_id())
         log.info(
-            "Watch the job with this, and end it with drain in the place of watch:\n"
-            "python -m helpers.dataflow watch --project=%s --region=%s %s\nIts page: %s",
+            "To watch the job: python -m helpers.dataflow watch --project=%s --region=%s %s\n"
+            "To end it, write drain for watch. Its page: %s",
             *(job.project, job.location, job.job_id, job.url),
         )
     if max_run_minutes is not None:

@@ -7,7 +7,7 @@ __all__, __getattr__ = public(
     {
         "connection": ["Connection", "ConnectionFailed", "connect"],
         "environment": ["prepare"],
-        "interaction": ["at_least", "progress", "prompt_box", "quiet_interactive_beam"],
+        "interaction": ["at_least", "progress", "prompt_box", "quiet_interactive_beam", "texts"],
         "scratch": ["clean_up", "scratch_folder"],
         "tables": ["Board", "Table", "table", "versions"],
     },

@@ -178,6 +178,8 @@ def wrong_versions(version: Callable[[str], str | None]) -> dict[str, str]:
     """
     from packaging.requirements import Requirement
 
+    if not (ROOT / "requirements.txt").is_file():  # installed as a package: pip has seen to its versions
+        return {}
     lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
     wrong = {}
     for asked in map(Requirement, filter(None, lines)):

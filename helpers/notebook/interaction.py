@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +17,27 @@ def at_least(least: float, **parameters: object) -> None:
     """Checks parameters that are numbers, before anything is made that they are for.
 
     Args:
-        least: the least value.
+        least: the least value. If it is an int, whole numbers are asked for.
         parameters: the values, by the parameters' names.
 
     Raises:
         ValueError: one is less, or no number.
     """
+    kind, kinds = ("a whole number", int) if isinstance(least, int) else ("a number", int | float)
     for name, value in parameters.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value < float("inf"):
-            raise ValueError(f"{name} = {value!r}: it must be a number of at least {least}.")
+        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value < math.inf:
+            raise ValueError(f"{name} = {value!r}: it must be {kind} of at least {least:g}.")
+
+
+def texts(**parameters: object) -> None:
+    """Checks parameters that are lists of texts: a text alone would be taken for a list of its letters.
+
+    Raises:
+        ValueError: one is something else, or holds an empty text, of which Pub/Sub makes no message.
+    """
+    for name, value in parameters.items():
+        if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+            raise ValueError(f"{name} = {value!r}: it must be a list of texts, none of them empty.")
 
 
 @contextlib.contextmanager

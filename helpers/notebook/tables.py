@@ -54,6 +54,8 @@ def _text(value: object) -> object:
     that was rounded before gets no zeros."""
     if not isinstance(value, float) or not math.isfinite(value):
         return value
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.3g}"
     digits = 3 - 1 - math.floor(math.log10(abs(value))) if value else 2
     own = len(str(float(value)).partition(".")[2])
     return f"{value:,.{min(max(digits, 0), own, 4)}f}"
@@ -65,7 +67,7 @@ def table(rows: Iterable[Mapping[str, object]]) -> Table:
 
 
 class Board:
-    """A table that is shown once and then redrawn in place, for work in progress."""
+    """A table that is redrawn in place, for work in progress: its first row and the last ones."""
 
     def __init__(self, most_rows: int = 12) -> None:
         self._rows: list[Mapping[str, object]] = []
@@ -73,10 +75,12 @@ class Board:
         self._shown: Any = None
 
     def add(self, row: Mapping[str, object]) -> None:
-        """Adds a row; drops the oldest when there are too many."""
+        """Adds a row; drops the second when there are too many."""
         from IPython.display import display
 
-        self._rows = [*self._rows, row][-self._most_rows :]
+        if len(self._rows) == self._most_rows:
+            del self._rows[1]
+        self._rows.append(row)
         if self._shown is None:
             self._shown = display(table(self._rows), display_id=True)
         else:

@@ -167,8 +167,8 @@ def get(name: str) -> MachineType:
 
 # The form of a name: https://cloud.google.com/compute/docs/machine-resource#machine_type_comparison
 _NAME = re.compile(
-    r"(f1-micro|g1-small|([a-z]+\d+[a-z]*-)?custom-\d+-\d+(-ext)?"
-    r"|[a-z]+\d+[a-z]*-(micro|small|medium|[a-z]+-\d+[gt]?(-[a-z]+)?))"
+    r"(f1-micro|g1-small|([a-z]+\d+[a-z]*-)?custom-(\d+|micro|small|medium)-\d+(-ext)?"
+    r"|[a-z]+\d+[a-z]*-(micro|small|medium|[a-z]+-[1-9]\d*[gt]?(-[a-z]+)*))"
 )
 
 
@@ -182,7 +182,7 @@ def check_machine_type(name: str) -> None:
     kind, _, size = rest.partition("-")
     kinds = _GENERAL_PURPOSE.get(family)
     hint = ""
-    if kinds and kind in kinds and size.isdigit():
+    if kinds and kind in kinds and re.fullmatch(r"[1-9][0-9]*", size):
         # Google adds sizes now and then, but none has an odd number of vCPUs.
         counts = kinds[kind][1]
         if name in CATALOGUE or (int(size) % 2 == 0 and counts[0] < int(size) <= 2 * counts[-1]):
