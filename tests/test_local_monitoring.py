@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from google.api import metric_pb2
 from google.api_core.exceptions import InvalidArgument, MethodNotImplemented
 from google.cloud import monitoring_v3, pubsub_v1
 
@@ -49,7 +50,7 @@ def test_the_series_names_what_it_measures(subscription, cloud):
     [series] = ask(cloud.project, of("monitored"))
     assert series.metric.type == BACKLOG
     assert series.resource.labels["subscription_id"] == "monitored"
-    assert series.value_type.name == "INT64"
+    assert series.value_type == metric_pb2.MetricDescriptor.INT64
     assert [point.value.int64_value for point in series.points] == [3]
     headers = monitoring_v3.ListTimeSeriesRequest.TimeSeriesView.HEADERS
     [series] = ask(cloud.project, of("monitored"), view=headers)
