@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import BEFORE
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -75,7 +76,8 @@ def resolve(python: str, constraints: Path) -> subprocess.CompletedProcess:
     """Resolves all that `make` installs from the package index, for a Python that need not be here."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
     command += ["--python-version", python, "--constraint", constraints, ROOT / "requirements.txt"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # Not by way of the tests' local cloud, which refuses every host.
+    return subprocess.run(command, env=BEFORE, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("python", PYTHONS)
