@@ -27,6 +27,9 @@ def test_predictions_are_within_a_tenth_of_what_is_measured(model, tmp_path):
     ]
     if rows[0].source == "rss":
         pytest.skip("this system does not tell anonymous memory from mapped files")
+    if any(row.error >= 0.1 for row in rows):  # on a busy machine a sample may miss a peak, but invents none
+        again = measure_model(model, folder=tmp_path)
+        rows = [max(pair, key=lambda row: row.measured) for pair in zip(rows, again, strict=True)]
     for row in rows:
         assert abs(row.error) < 0.1, row
     served = rows[-1]  # mapped, with no copy beside it
