@@ -653,3 +653,15 @@ def test_nothing_outlives_a_command_line_that_is_killed(tmp_path):
     process.kill()
     process.communicate(timeout=30)
     wait_until(lambda: not strays(tmp_path), "the command lives on", 15)
+
+
+@pytest.mark.parametrize(("bucket", "made"), [("my-bucket", True), ("../../outside", False)])
+def test_a_command_has_a_project_a_region_and_a_bucket(tmp_path, bucket, made):
+    settings = {k: v for k, v in os.environ.items() if k not in ("PROJECT", "LOCATION")} | {"BUCKET": bucket}
+    command = [sys.executable, "-m", "helpers.local_cloud", "--dir", tmp_path / "a" / "b", "printenv"]
+    done = subprocess.run(
+        [*command, "PROJECT", "LOCATION", "BUCKET"], env=settings, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["local-project", "us-central1", bucket]
+    assert (tmp_path / "a" / "b" / "storage" / bucket).is_dir() == made
+    assert not (tmp_path / "a" / "outside").exists()

@@ -81,8 +81,9 @@ def _run(arguments: argparse.Namespace) -> None:
         rows = [listed.row() for listed in list_series(*where)]
         if arguments.json:
             print(json.dumps([row | {"overdue": bool(row["overdue"])} for row in rows], indent=2))
-        for row in [] if arguments.json else rows:
-            _print(row)
+        else:
+            for row in rows:
+                _print(row)
         if not rows:
             print("No job of this series is under way there.", file=sys.stderr)
     elif arguments.command == "reap":

@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 from .child import serve
+from .cloud_storage.names import check_bucket_name
+from .front.http_server import HttpError
 from .server import DEFAULT_PROJECT, LocalCloud, LocalCloudError
 
 DEFAULT_FOLDER = ".local_cloud"
@@ -60,8 +62,8 @@ def _names(cloud: LocalCloud) -> dict[str, str]:
     The bucket is that of the notebooks, unless the caller's own BUCKET names another.
     """
     bucket = os.environ.get("BUCKET") or f"{cloud.project}-streaming-llm"
-    with contextlib.suppress(OSError):  # a name that cannot be one: whatever uses it says so
-        (cloud.storage_root / bucket).mkdir(exist_ok=True)
+    with contextlib.suppress(HttpError, OSError):  # a name that cannot be one: whatever uses it says so
+        (cloud.storage_root / check_bucket_name(bucket)).mkdir(exist_ok=True)
     location = os.environ.get("LOCATION") or "us-central1"
     return {"PROJECT": cloud.project, "LOCATION": location, "BUCKET": bucket}
 
