@@ -31,8 +31,10 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import helpers
-from helpers.load_state_dict import convert
+from helpers.load_state_dict import LoadError, convert
+from helpers.load_state_dict.engine_file import EngineError
 from helpers.model_handler import LanguageModelHandler, served_model
+from helpers.model_handler.engines.ctranslate2_engine import DisagreementError
 from helpers.models import ModelError, architecture_of
 from helpers.sizing import size_model
 
@@ -202,11 +204,13 @@ class Outcome:
         result: `served`, `refused` or `not tried`.
         detail: which prompts may share a batch; or the reason.
         wrong: what was not as it should be; empty if all was.
+        engines: which of them compute it; where CTranslate2 knows it and does not, what happens.
     """
 
     result: str
     detail: str
     wrong: str = ""
+    engines: str = ""
 
 
 def attempt(model_type: str, folder: Path) -> Outcome:
@@ -232,8 +236,23 @@ def attempt(model_type: str, folder: Path) -> Outcome:
     written, expected = torch.load(path, weights_only=True), model.state_dict()
     different = [name for name, value in expected.items() if not torch.equal(written[name], value)]
     missing = plain.state_dict().keys() - written.keys()
-    options = {"max_response_tokens": NEW_TOKENS, "device": "cpu", "dtype": "float32"}
-    handler = LanguageModelHandler(str(path), **options)
+    company, wrong = _answers(str(path), "torch", theirs)
+    wrong += [f"tensors differ: {different[:3]}"] if different or missing else []
+    try:
+        _, more = _answers(str(path), "ctranslate2", theirs)
+        engines, wrong = "both", wrong + more
+    except DisagreementError:
+        engines = "torch (CTranslate2's answers differ)"
+    except (EngineError, LoadError) as error:
+        engines = "torch" if "does not know" in str(error) else "torch (CTranslate2's converter fails)"
+    return Outcome("served", company, "; ".join(wrong), engines)
+
+
+def _answers(path: str, engine: str, theirs: list[str]) -> tuple[str, list[str]]:
+    """Which prompts may share a batch, and which answers of an engine are not plain transformers'."""
+    handler = LanguageModelHandler(
+        path, max_response_tokens=NEW_TOKENS, device="cpu", dtype="float32", engine=engine
+    )
     language_model = handler.load_model()
     try:
         together = [result.inference for result in handler.run_inference(PROMPTS, language_model)]
@@ -242,12 +261,12 @@ def attempt(model_type: str, folder: Path) -> Outcome:
             for prompt in PROMPTS
             for result in handler.run_inference([prompt], language_model)
         ]
+        company = language_model._bears().value
     finally:
         served_model._served.clear()
-    wrong = [f"tensors differ: {different[:3]}"] if different or missing else []
-    wrong += [f"alone: {alone} rather than {theirs}"] if alone != theirs else []
-    wrong += [f"together: {together} rather than {theirs}"] if together != theirs else []
-    return Outcome("served", language_model._bears().value, "; ".join(wrong))
+    wrong = [f"{engine}, alone: {alone} rather than {theirs}"] if alone != theirs else []
+    wrong += [f"{engine}, together: {together} rather than {theirs}"] if together != theirs else []
+    return company, wrong
 
 
 def _random_model(config, architecture, folder: Path):
@@ -301,7 +320,7 @@ def _plain_answers(config, folder: Path):
 
 def _refusals_differ(config: PretrainedConfig, folder: Path, reason: str) -> str:
     """What sizing, converting and loading say of a config that is refused, if it is not the same."""
-    from helpers.model_handler.model_loading import load_model
+    from helpers.load_state_dict.mapped_model import load_model
 
     config.save_pretrained(folder)
     torch.save({}, folder / "pytorch_model.bin")
@@ -336,15 +355,19 @@ def table(outcomes: dict[str, Outcome]) -> str:
 Every causal and encoder-decoder architecture that transformers {transformers.__version__} registers, each as
 a tiny random model (with {EXPERTS} experts where it has any): converted, loaded, and asked {len(PROMPTS)}
 prompts alone and together in float32. *Served* means that the state dict and every answer are plain
-transformers'. *Refused* means that sizing, converting and loading refuse it with the same sentence. *Not
-tried*: no small model of it could be built here, or plain transformers does not answer with it.
+transformers', with torch and, where it says both, with CTranslate2. Where CTranslate2's converter fails, or
+what it computes is found to differ when it is loaded, torch serves. *Refused* means that sizing, converting
+and loading refuse it with the same sentence. *Not tried*: no small model of it could be built here, or plain
+transformers does not answer with it.
 
 {counts}. Made by `python tests/architectures.py`; a test holds it to what is so.
 
-| model type | result | |
-|---|---|---|
+| model type | result | engines | |
+|---|---|---|---|
 """
-    rows = [f"| {name} | {one.result} | {one.detail} |" for name, one in sorted(outcomes.items())]
+    rows = [
+        f"| {name} | {one.result} | {one.engines} | {one.detail} |" for name, one in sorted(outcomes.items())
+    ]
     return head + "\n".join(rows) + "\n"
 
 

@@ -33,11 +33,13 @@ OTHER = {
     "top_p": ("0.9", 0.9),
     "seed": ("3", 3),
     "device": ("cpu", "cpu"),
+    "engine": ("torch", "torch"),
     "dtype": ("float32", "float32"),
     "max_batch_size": ("4", 4),
     "max_batch_tokens": ("4096", 4096),
     "max_batch_seconds": ("0.5", 0.5),
     "torch_threads": ("2", 2),
+    "recompute": ("", True),
     "reload_seconds": ("60", 60.0),
     "cache_dir": ("cache", "cache"),
 }

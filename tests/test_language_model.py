@@ -1,5 +1,6 @@
-"""A model's answers are those of plain transformers, however the prompts are batched."""
+"""A model's answers are those of plain transformers, by whatever engine and however they are batched."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from tiny_models import KINDS, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from helpers.load_state_dict import convert
+from helpers.load_state_dict.mapped_model import LoadError, load_model
 from helpers.model_handler import AnsweringOptions, Failure, Response
 from helpers.model_handler.answers import batches_by_length
+from helpers.model_handler.hardware import choose_device, choose_dtype
 from helpers.model_handler.language_model import LanguageModel
-from helpers.model_handler.local_state_dict import fetch
-from helpers.model_handler.model_loading import LoadError, choose_device, choose_dtype, load_model
+from helpers.model_handler.served_model import ModelSource
 
 PROMPTS = ["Hi", "What is the capital of France?", "é", "Write one sentence about the sea.", "a b"]
 OPTIONS = AnsweringOptions(max_response_tokens=12)
@@ -33,9 +35,14 @@ def state_dicts(tmp_path_factory):
     return paths
 
 
-def load(path, cache=None) -> LanguageModel:
-    local = fetch(str(path), torch.float32, cache)
-    return LanguageModel(*load_model(local.file, local.folder))
+@pytest.fixture(params=["torch", "ctranslate2"])
+def load(request):
+    """Loads a state dict; each test of what both engines must do runs on both."""
+    return functools.partial(load_with, request.param)
+
+
+def load_with(engine, path, cache=None) -> LanguageModel:
+    return ModelSource(str(path), dtype="float32", cache_dir=cache, engine=engine).load()[0]
 
 
 def plain_transformers(checkpoint, prompt: str) -> str:
@@ -56,7 +63,7 @@ def plain_transformers(checkpoint, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_of_different_length_are_answered_as_plain_transformers_answers_each(kind, state_dicts):
+def test_prompts_of_different_length_are_answered_as_plain_transformers_answers_each(kind, state_dicts, load):
     model = load(state_dicts[kind])
     expected = [plain_transformers(state_dicts[kind].parent / "checkpoint", prompt) for prompt in PROMPTS]
     together = [answer.text for answer in model.ask(PROMPTS, OPTIONS)]
@@ -65,7 +72,7 @@ def test_prompts_of_different_length_are_answered_as_plain_transformers_answers_
     assert len(set(expected)) > 1, "the model says the same to every prompt: this test would not see a mix-up"
 
 
-def test_a_distinct_output_layer_survives_loading(state_dicts):
+def test_a_distinct_output_layer_survives_loading(state_dicts, load):
     """transformers 5 ties it when a T5 is built from its config: then the logits are another model's."""
     checkpoint = state_dicts["t5_distinct"].parent / "checkpoint"
     reference = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).eval()
@@ -77,7 +84,7 @@ def test_a_distinct_output_layer_survives_loading(state_dicts):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped where")
-def test_weights_stay_mapped_from_the_file(state_dicts):
+def test_weights_stay_mapped_from_the_file(state_dicts, load):
     model = load(state_dicts["llama"]).model
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [
@@ -89,27 +96,32 @@ def test_weights_stay_mapped_from_the_file(state_dicts):
         assert any(parameter.data_ptr() in part for part in ranges), f"{name} was copied"
 
 
-def test_responses_count_their_tokens(state_dicts):
+def test_responses_count_their_tokens(state_dicts, load):
     model = load(state_dicts["llama"])
     [answer] = model.ask(["Hi"], AnsweringOptions(max_response_tokens=5))
     assert answer.prompt_tokens == len(model.encode("Hi"))
     assert 1 <= answer.response_tokens <= 5
 
 
-def test_sampling_with_a_seed_is_repeatable(state_dicts):
+def test_sampling_with_a_seed_is_repeatable_or_refused(state_dicts, load):
     model = load(state_dicts["llama"])
     sampled = AnsweringOptions(max_response_tokens=12, temperature=1.5, seed=7)
+    if model.engine.name == "ctranslate2":
+        with pytest.raises(LoadError, match="cannot repeat what it has sampled"):
+            model.check(sampled)
+        assert all(isinstance(answer, Failure) for answer in model.ask(PROMPTS, sampled))
+        return
     assert model.ask(PROMPTS, sampled) == model.ask(PROMPTS, sampled)
     assert model.ask(PROMPTS, sampled) != model.ask(PROMPTS, OPTIONS)
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", 5, None, "\ud800", "x" * 600])
-def test_a_prompt_that_cannot_be_asked_fails_alone(prompt, state_dicts):
+def test_a_prompt_that_cannot_be_asked_fails_alone(prompt, state_dicts, load):
     answers = load(state_dicts["llama"]).ask(["Hi", prompt, "a b"], OPTIONS)
     assert [type(answer) for answer in answers] == [Response, Failure, Response]
 
 
-def test_a_prompt_that_is_too_long_is_cut_if_asked_for(state_dicts):
+def test_a_prompt_that_is_too_long_is_cut_if_asked_for(state_dicts, load):
     model = load(state_dicts["llama"])
     cut = AnsweringOptions(max_response_tokens=4, max_prompt_tokens=20, truncate=True)
     [answer] = model.ask(["é" * 600], cut)
@@ -130,30 +142,30 @@ class FailsOn(LanguageModel):
         return super().generate(prompts, options)
 
 
-def failing(path, *, poison=-1, largest=1000) -> FailsOn:
-    local = fetch(str(path), torch.float32)
-    model = FailsOn(*load_model(local.file, local.folder))
+def failing(load, path, *, poison=-1, largest=1000) -> FailsOn:
+    model = load(path)
+    model = FailsOn(model.engine, model.tokenizer)
     model.sizes, model.poison, model.largest = [], poison, largest
     return model
 
 
-def test_a_prompt_over_the_batchs_budget_fails_rather_than_fill_the_memory(state_dicts):
+def test_a_prompt_over_the_batchs_budget_fails_rather_than_fill_the_memory(state_dicts, load):
     [answer] = load(state_dicts["t5_tied"]).ask(
         ["x" * 300], AnsweringOptions(max_response_tokens=12, max_batch_tokens=200)
     )
     assert "over the 200" in answer.error
 
 
-def test_only_the_poisonous_prompt_of_a_batch_fails(state_dicts):
-    model = failing(state_dicts["t5_tied"], poison=len("poison") + 1)
+def test_only_the_poisonous_prompt_of_a_batch_fails(state_dicts, load):
+    model = failing(load, state_dicts["t5_tied"], poison=len("poison") + 1)
     answers = model.ask(["a", "bb", "poison", "dd", "e"], OPTIONS)
     assert [type(answer) for answer in answers] == [Response, Response, Failure, Response, Response]
     assert answers[2].error == "RuntimeError: poison"
 
 
-def test_a_batch_without_memory_is_halved(state_dicts):
-    model = failing(state_dicts["t5_tied"], largest=2)
-    answers = model.ask(["a"] * 8, OPTIONS)
+def test_a_batch_without_memory_is_halved(state_dicts, load):
+    model = failing(load, state_dicts["t5_tied"], largest=2)
+    answers = model.ask(list("abcdefgh"), OPTIONS)
     assert all(isinstance(answer, Response) for answer in answers)
     assert model.sizes == [8, 4, 2, 2, 4, 2, 2]
 
@@ -227,7 +239,7 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
         choose_device("abacus")
 
 
-def test_models_can_be_loaded_from_several_threads(state_dicts, tmp_path):
+def test_models_can_be_loaded_from_several_threads(state_dicts, tmp_path, load):
     """transformers patches its own classes while it loads: two at once would leave the patch in place."""
     tie_weights = PreTrainedModel.tie_weights
     with ThreadPoolExecutor(4) as threads:

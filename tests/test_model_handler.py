@@ -14,11 +14,11 @@ from apache_beam.testing.util import assert_that, equal_to
 from conftest import wait_until
 from tiny_models import save_checkpoint
 
-from helpers.load_state_dict import WrongModelError, convert
+from helpers.load_state_dict import LoadError, WrongModelError, convert
 from helpers.model_handler import NAMESPACE, LanguageModelHandler, served_model
+from helpers.model_handler.engines import choice
 from helpers.model_handler.language_model import Failure
 from helpers.model_handler.local_state_dict import fetch
-from helpers.model_handler.model_loading import LoadError
 from helpers.pipeline.transforms import AskModel, FailedPromptError
 
 RUNNERS = ["BundleBasedDirectRunner", "FnApiRunner"]
@@ -31,6 +31,13 @@ def llama(tmp_path_factory):
     save_checkpoint("llama", folder / "checkpoint")
     convert(str(folder / "checkpoint"), folder / "model.pt", progress=False)
     return str(folder / "checkpoint"), str(folder / "model.pt")
+
+
+@pytest.fixture(autouse=True, params=[{"avx512_bf16": True}, {"avx2": True}], ids=["AVX512-BF16", "AVX2"])
+def cpu(request, monkeypatch):
+    """Stands for a kind of CPU: on one, torch computes in bfloat16, on the other CTranslate2 in float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: request.param)
+    monkeypatch.setattr(choice, "_is_x86", lambda: True)
 
 
 @pytest.fixture(autouse=True)
@@ -186,16 +193,21 @@ def test_a_new_state_dict_is_taken_up_while_serving(llama, tmp_path):
     wait_until(lambda: answer(handler, prompts) == new, "the new state dict was not taken up")
 
 
+def copies(cache) -> list:
+    """What the two engines read: a state dict in their dtype, or an engine's own file."""
+    return [*cache.glob("*/*.pt"), *cache.glob("*/ctranslate2-*/model.bin")]
+
+
 def test_a_swap_leaves_one_copy_on_the_disk(llama, tmp_path):
     checkpoint, path, cache = tmp_path / "checkpoint", tmp_path / "model.pt", tmp_path / "cache"
     convert(llama[0], path, "float16", progress=False)
     options = {"max_response_tokens": 2, "dtype": "float32", "cache_dir": str(cache)}
     handler = LanguageModelHandler(str(path), reload_seconds=0.05, **options)
     answer(handler, ["Hi"])
-    (first,) = cache.glob("*/*.pt")
+    (first,) = copies(cache)
     convert(changed_checkpoint(llama[0], checkpoint), path, "float16", overwrite=True, progress=False)
     wait_until(lambda: not first.exists(), "the old copy is still there")
-    assert len(list(cache.glob("*/*.pt"))) == 1
+    assert len(copies(cache)) == 1
     assert answer(handler, ["Hi"])
 
 

@@ -34,9 +34,9 @@ from transformers import (
 from helpers.load_state_dict import CheckpointError, convert
 from helpers.load_state_dict.checkpoint_keys import computed_tensor
 from helpers.model_handler import AnsweringOptions, Failure, LanguageModelHandler
-from helpers.model_handler.generation_settings import held, not_honoured
+from helpers.model_handler.engines.generation_settings import held, not_honoured
+from helpers.model_handler.engines.neighbours import Company
 from helpers.model_handler.language_model import LanguageModel
-from helpers.model_handler.neighbours import Company
 from helpers.models import ModelError, resolve
 from helpers.models.architecture import architecture_of, read_config
 from helpers.models.checkpoint_files import files_to_download, is_companion
@@ -471,7 +471,7 @@ def test_positions_of_minus_one_are_no_limit(tmp_path):
     folder = tmp_path / "llama"
     save_checkpoint("llama", folder)
     model = language_model(folder)
-    model.model.config.max_position_embeddings = -1
+    model.engine.config.max_position_embeddings = -1
     [answer] = model.ask(["a" * 600], AnsweringOptions(max_response_tokens=2))
     assert not isinstance(answer, Failure)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import save_checkpoint
 
-from helpers.model_handler.single_row import is_worthwhile, speed_up_single_rows
+from helpers.model_handler.engines.single_row import is_worthwhile, speed_up_single_rows
 
 PROMPT = torch.arange(3, 12).reshape(1, -1)
 

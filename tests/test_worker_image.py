@@ -48,7 +48,8 @@ def argument(name: str) -> str:
 
 
 def test_the_requirements_are_those_of_the_constraints():
-    assert requirements(PROJECT["dependencies"], CONSTRAINTS) == REQUIREMENTS, (
+    dependencies = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["ctranslate2"]]
+    assert requirements(dependencies, CONSTRAINTS) == REQUIREMENTS, (
         "run: python -m helpers.dataflow.worker_image requirements pyproject.toml constraints.txt "
         "> helpers/worker/requirements.txt"
     )

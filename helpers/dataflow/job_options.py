@@ -29,6 +29,7 @@ from helpers.dataflow.job_guard import DRAIN_LABEL
 from helpers.files.labels import SERIES, check_label, label_value
 from helpers.files.package import build_wheel
 from helpers.load_state_dict import Manifest, read_companion, read_manifest
+from helpers.load_state_dict.engine_file.description import ENGINE
 from helpers.model_handler import AnsweringOptions
 from helpers.sizing import machine_types
 from helpers.sizing.machine_types import MachineType, MachineTypeError
@@ -108,7 +109,7 @@ def torch_threads(options: PipelineOptions) -> int | None:
     return 1 if many else None
 
 
-def stage_helpers(options: PipelineOptions, folder: str) -> None:
+def stage_helpers(options: PipelineOptions, folder: str, answering: AnsweringOptions) -> None:
     """Sends this package along to the workers, as a wheel.
 
     Beam's container installs a wheel that is sent along over whatever version of it the image has, and after
@@ -119,9 +120,25 @@ def stage_helpers(options: PipelineOptions, folder: str) -> None:
     Args:
         options: of the job; changed in place.
         folder: for the wheel, which must be there until the job is submitted.
+        answering: whether workers may use the engine that not all of them need.
     """
     setup = options.view_as(SetupOptions)
-    setup.extra_packages = [*(setup.extra_packages or []), str(build_wheel(folder))]
+    extras = [ENGINE] if may_use_ctranslate2(options, answering) else []
+    setup.extra_packages = [*(setup.extra_packages or []), str(build_wheel(folder, extras))]
+
+
+def may_use_ctranslate2(options: PipelineOptions, answering: AnsweringOptions) -> bool:
+    """Whether workers on the job's machines use CTranslate2: because it was asked for, or because it is
+    faster on CPUs without bfloat16."""
+    machine_type = options.view_as(WorkerOptions).machine_type or ""
+    computes_in_bfloat16 = machine_type.partition("-")[0] in machine_types.BFLOAT16_FAMILIES
+    on_gpu = wants_gpu(answering.device) or getattr(machine_types.CATALOGUE.get(machine_type), "gpu", None)
+    is_open = answering.engine in (None, "auto") and not on_gpu
+    return (
+        answering.engine == ENGINE
+        or answering.dtype == "int8"
+        or (is_open and (answering.dtype == "float32" or not computes_in_bfloat16))
+    )
 
 
 def size_for_serving(

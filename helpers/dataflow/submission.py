@@ -53,17 +53,18 @@ def submit(
     answering = {name: arguments[name] for name in NAMES if name in arguments}
     if answering.get("torch_threads") is None and (threads := job_options.torch_threads(beam_options)):
         answering["torch_threads"] = threads
+    options = answering_options(answering)
     with tempfile.TemporaryDirectory() as folder:
         job_options.set_defaults(
             beam_options,
             model_name=arguments["model_name"],
             state_dict_path=arguments["state_dict_path"],
-            answering=answering_options(answering),
+            answering=options,
             exactly_once=exactly_once,
             max_run_minutes=max_run_minutes,
         )
         if not helpers_in_image:
-            job_options.stage_helpers(beam_options, folder)
+            job_options.stage_helpers(beam_options, folder, options)
         if is_submitted:
             check_name(cloud)
         result = start(beam_options, arguments | answering)

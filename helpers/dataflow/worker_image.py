@@ -32,6 +32,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from helpers.files import storage
+from helpers.load_state_dict.engine_file.description import ENGINE
 
 WORKER = Path(__file__).with_name("worker")
 FILES = ("Dockerfile", "requirements.txt")
@@ -271,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.pop("command") == "build":
             print(build_image(**arguments))
         else:
-            dependencies = tomllib.loads(arguments["pyproject"].read_text())["project"]["dependencies"]
+            project = tomllib.loads(arguments["pyproject"].read_text())["project"]
+            dependencies = [*project["dependencies"], *project["optional-dependencies"][ENGINE]]
             print(requirements(dependencies, arguments["constraints"].read_text()), end="")
     except (ImageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

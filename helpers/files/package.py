@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 DISTRIBUTION = "streaming-llm-helpers"
@@ -20,10 +22,15 @@ WHEEL_METADATA = (
 LEFT_OUT = {"__pycache__", "local_cloud"}
 
 
-def build_wheel(folder: str | Path) -> Path:
+def build_wheel(folder: str | Path, extras: Iterable[str] = ()) -> Path:
     """Writes the running package, edits included, as a wheel into `folder`.
 
     The same files give the same bytes, so that a wheel can be stored under its checksum.
+
+    Args:
+        folder: where to.
+        extras: those of the package's extras whose packages are to be installed with the wheel, wherever it
+            is installed by its file's name alone.
 
     Returns:
         The path of the wheel, for instance `streaming_llm_helpers-0.1.0-py3-none-any.whl`.
@@ -41,6 +48,8 @@ def build_wheel(folder: str | Path) -> Path:
     metadata = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO")
     if not metadata:
         raise RuntimeError(f"The installation of {DISTRIBUTION} is damaged: install it again.")
+    for extra in extras:
+        metadata = re.sub(rf"""; extra == ["']{extra}["']$""", "", metadata, flags=re.MULTILINE)
     source = Path(__file__).parents[1]
     stem = f"{DISTRIBUTION.replace('-', '_')}-{distribution.version}"
     path = Path(folder) / f"{stem}-py3-none-any.whl"

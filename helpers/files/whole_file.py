@@ -64,13 +64,45 @@ def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterato
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno, f"no room for {path} ({error.strerror}): free some space, or use another disk"
-            ) from error
+        _explain_no_room(path, error)
         raise
     finally:
         file.close()
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder that appears at `path` with all that the block writes into it, or not at all.
+
+    Who writes the same folder takes turns by other means. What an interrupted writer has left is deleted.
+
+    Args:
+        path: the folder, which replaces one that is there. The folder above it is created.
+
+    Yields:
+        An empty folder beside it.
+
+    Raises:
+        OSError: it cannot be made or written to, or its disk is full.
+    """
+    path, partial = Path(path), partial_path(path)
+    with _explained(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        for name in [*partial.iterdir(), partial]:
+            descriptor = os.open(name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        _explain_no_room(path, error)
+        raise
 
 
 @contextmanager
@@ -104,6 +136,13 @@ def is_busy(path: str | os.PathLike) -> bool:
             return False
     except FileBusyError:
         return True
+
+
+def _explain_no_room(path: Path, error: BaseException) -> None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(
+            error.errno, f"no room for {path} ({error.strerror}): free some space, or use another disk"
+        ) from error
 
 
 @contextmanager

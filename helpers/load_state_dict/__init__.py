@@ -12,6 +12,7 @@ __all__, __getattr__ = public(
             *("CompanionError", "Manifest", "WrongModelError", "companion_folder"),
             *("read_companion", "read_manifest"),
         ],
+        "mapped_model": ["LoadError"],
         "rounding": ["RoundingError"],
         "versions": ["ReplacedError", "check_companions"],
         "vertex_conversion": ["vertex", "where_to_convert"],

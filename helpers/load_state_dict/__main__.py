@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from helpers.load_state_dict import convert, vertex
+from helpers.load_state_dict.engine_file import ENGINE_DTYPES
 from helpers.models.dtypes import DTYPES
 
 
@@ -22,6 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
     _add_common_flags(local)
     local.add_argument("--checkpoint", help="folder to read the weights from, local or gs://")
     _add_vertex_flags(commands.add_parser("vertex", help="convert in a Vertex AI custom job"))
+    for command in commands.choices.values():
+        command.add_argument(
+            "--engine-file",
+            choices=ENGINE_DTYPES,
+            metavar="DTYPE",
+            help="also make the file of ctranslate2 for computing in DTYPE, "
+            f"one of {', '.join(ENGINE_DTYPES)}, beside the state dict: workers then start without making it",
+        )
     values = vars(parser.parse_args(arguments))
     try:
         if values.pop("command") == "local":

@@ -39,6 +39,7 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
     checkpoint: str | os.PathLike | None = None,
+    engine_file: str | None = None,
 ) -> Manifest:
     """Writes a model's state dict and its companion folder, unless they are in place already.
 
@@ -54,6 +55,8 @@ def convert(
         progress: whether to show progress bars and messages.
         checkpoint: a folder to read the weights from, local or `gs://`, for a machine on which `model_name`
             cannot be resolved; one in Cloud Storage for a state dict in Cloud Storage.
+        engine_file: what CTranslate2 is to compute in, of `engine_file.ENGINE_DTYPES`: its file is then made
+            too, and put beside the state dict, so that workers need not make it. None makes none.
 
     Returns:
         The manifest, as it stands in the companion folder.
@@ -61,6 +64,7 @@ def convert(
     Raises:
         ValueError: an unknown dtype, or a path that is not one for a state dict.
         ModelError: no such model.
+        EngineError: the engine is not installed, or cannot take the model; the state dict is in place.
         CheckpointError: the checkpoint is incomplete, damaged or unsafe.
         RoundingError: a weight is NaN, or more than the dtype can hold.
         FileExistsError: there is another state dict at the path, and `overwrite` is False.
@@ -74,16 +78,20 @@ def convert(
         if storage.is_cloud(path) and work_folder(path).exists():  # of a conversion that was interrupted
             with suppress(FileBusyError), only_writer(work_folder(path) / "upload"):
                 _delete_work(path)
+        _make_engine_file(path, engine_file, progress)
         return manifest
     if storage.is_cloud(path):
         storage.check_writable(path)
-        manifest = _convert_to_cloud(model_name, path, dtype, overwrite, progress, checkpoint, source)
+        manifest = _convert_to_cloud(
+            model_name, path, dtype, overwrite, progress, checkpoint, source, engine_file
+        )
     else:
         with versions.writing(path):
             if storage.exists(path) and not overwrite:
                 raise versions.replaced(path)
             manifest = _convert_here(model_name, Path(path), dtype, progress, checkpoint, source)
         _tell(path, manifest, progress)
+        _make_engine_file(path, engine_file, progress)
     return manifest
 
 
@@ -197,6 +205,7 @@ def _convert_to_cloud(
     progress: bool,
     checkpoint: str | os.PathLike | None,
     source: str,
+    engine_file: str | None,
 ) -> Manifest:
     work = private_folder(work_folder(path))
     local = work / path.rpartition("/")[2]
@@ -217,9 +226,17 @@ def _convert_to_cloud(
                 )
             manifest = _convert_here(model_name, local, dtype, progress, checkpoint, source)
         _upload(local, path, manifest, overwrite, progress)
+        _tell(path, manifest, progress)
+        _make_engine_file(path, engine_file, progress, local)
         _delete_work(path)
-    _tell(path, manifest, progress)
     return manifest
+
+
+def _make_engine_file(path: str, dtype: str | None, progress: bool, local: Path | None = None) -> None:
+    if dtype:
+        from helpers.load_state_dict.engine_file import put_beside  # torch takes seconds
+
+        put_beside(path, dtype, local=local, progress=progress)
 
 
 def _tell(path: str, manifest: Manifest, progress: bool) -> None:

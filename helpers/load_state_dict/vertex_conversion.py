@@ -6,6 +6,7 @@ which the job installs what the package needs. (Vertex AI's prebuilt training im
 which transformers 5 does not run.)
 """
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from helpers.files.package import build_wheel
 from helpers.files.whole_file import free_bytes
 from helpers.load_state_dict.conversion import describe, fingerprint, state_dict_in_place
 from helpers.load_state_dict.custom_job import CustomJobError, CustomJobGoesOnError, run_custom_job
+from helpers.load_state_dict.engine_file.description import ENGINE, in_place
 from helpers.load_state_dict.manifest import Manifest, read_manifest
 from helpers.models.checkpoint_files import checkpoint_files
 from helpers.sizing import machine_types
@@ -82,6 +84,7 @@ def vertex(
     service_account: str | None = None,
     network: str | None = None,
     overwrite: bool = False,
+    engine_file: str | None = None,
 ) -> Manifest:
     """Converts a model in a Vertex AI custom job, waits for it, and verifies what it wrote.
 
@@ -106,6 +109,7 @@ def vertex(
             the role roles/storage.objectUser on the bucket.
         network: `projects/NUMBER/global/networks/NAME`, to run in a VPC network.
         overwrite: whether to replace another state dict at the same path.
+        engine_file: as for `convert`.
 
     Returns:
         The manifest of the state dict.
@@ -129,25 +133,30 @@ def vertex(
         )
     source = fingerprint(model_name)
     checkpoint = f"gs://{bucket}/checkpoints/{source}" if source else None
-    if manifest := state_dict_in_place(state_dict_path, model_name, dtype, source, overwrite):
+    manifest = state_dict_in_place(state_dict_path, model_name, dtype, source, overwrite)
+    if manifest and (engine_file is None or in_place(state_dict_path, manifest, engine_file)):
         if checkpoint:  # left by a job that nobody waited for
             storage.delete_folder(checkpoint)
         return manifest
     storage.check_writable(f"gs://{bucket}/packages")
-    needed = size_model(model_name, dtype=dtype).convert
+    sizing = size_model(model_name, dtype=dtype)
+    needed = sizing.convert
     if machine_type:
         machine_types.check_machine_type(machine_type)
     machine_type = machine_type or needed.machine.name
-    disk_size_gb = disk_size_gb or max(needed.disk_gb or 0, MINIMUM_CONVERT_DISK_GB)
+    if not disk_size_gb:
+        more = sizing.weights_bytes.get(engine_file, sizing.parameters) if engine_file else 0
+        disk_size_gb = max(needed.disk_gb or 0, MINIMUM_CONVERT_DISK_GB) + math.ceil(more / 1e9)
     arguments = [
         torch_index_url or "-",
-        _upload_wheel(bucket),
+        _upload_wheel(bucket, [ENGINE] if engine_file else []),
         f"--model-name={model_name}",
         f"--state-dict-path={state_dict_path}",
         f"--dtype={dtype}",
     ]
     arguments += [f"--checkpoint={checkpoint}"] if checkpoint else []
     arguments += ["--overwrite"] if overwrite else []
+    arguments += [f"--engine-file={engine_file}"] if engine_file else []
     worker_pool = {
         "machine_spec": {"machine_type": machine_type},
         "disk_spec": {"boot_disk_type": "pd-ssd", "boot_disk_size_gb": disk_size_gb},
@@ -198,10 +207,10 @@ def _upload_checkpoint(folder: Path, path: str) -> None:
             storage.upload(folder / name, f"{path}/{name}", overwrite=True, progress=bar.update)
 
 
-def _upload_wheel(bucket: str) -> str:
+def _upload_wheel(bucket: str, extras: list[str]) -> str:
     """Uploads this package's wheel under a name made from its content; returns its path in a job."""
     with tempfile.TemporaryDirectory() as folder:
-        wheel = build_wheel(folder)
+        wheel = build_wheel(folder, extras)
         content = storage.crc32c_of(wheel).replace("/", "_").replace("+", "-").rstrip("=")
         name = f"packages/{content}-{wheel.stat().st_size}/{wheel.name}"
         storage.upload(wheel, f"gs://{bucket}/{name}")

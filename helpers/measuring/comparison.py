@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from helpers.load_state_dict import read_manifest
+from helpers.load_state_dict.mapped_model import load_model
 from helpers.model_handler.local_state_dict import fetch
-from helpers.model_handler.model_loading import load_model
 from helpers.models import architecture_of, resolve
 from helpers.models.architecture import read_config, read_tokenizer
 from helpers.sizing.this_machine import available_memory_bytes

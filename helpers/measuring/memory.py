@@ -26,7 +26,7 @@ from typing import Any
 
 from helpers.measuring.process_memory import MeasureError, Peak, run_and_measure
 from helpers.measuring.random_checkpoint import write_random_checkpoint
-from helpers.model_handler.model_loading import choose_dtype
+from helpers.model_handler.hardware import choose_dtype
 from helpers.models import load_config
 from helpers.models.dtypes import dtype_name
 from helpers.sizing import sizes

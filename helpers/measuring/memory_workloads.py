@@ -40,7 +40,7 @@ def serve_project(settings: dict[str, Any]) -> Callable[[], None]:
     _import_worker()
     import torch
 
-    from helpers.model_handler.model_loading import load_model
+    from helpers.load_state_dict.mapped_model import load_model
 
     def work() -> None:
         path = Path(settings["state_dict"])
@@ -73,7 +73,7 @@ def _import_worker() -> None:
         "apache_beam.io.gcp.pubsub",
         "apache_beam.ml.inference.pytorch_inference",
         "apache_beam.runners.worker.sdk_worker_main",
-        "helpers.model_handler.model_loading",
+        "helpers.load_state_dict.mapped_model",
     ):
         importlib.import_module(name)
     _import_transformers()

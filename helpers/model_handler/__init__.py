@@ -7,8 +7,8 @@ __all__, __getattr__ = public(
     {
         "answers": ["Failure", "Response"],
         "handler": ["LanguageModelHandler", "NAMESPACE"],
+        "hardware": ["LoadError"],
         "local_state_dict": ["state_dict_cache"],
-        "model_loading": ["LoadError"],
         "options": ["AnsweringOptions"],
     },
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -31,6 +32,13 @@ SPARE_CHARACTERS = 2**16
 
 MOST_GROWTH = 1000
 """How many times longer the steps of a tokenizer may make a text: far more than spaces and accents need."""
+
+
+LEAST_PREFIX_TOKENS = 8
+"""The fewest tokens at the beginning of all prompts whose computing is worth sparing."""
+
+DIFFERENT_PROMPTS = ("Why?", "7 of them", "é", " x", "\n-")
+"""Prompts that begin differently, in every way that a template may look at."""
 
 
 class PromptError(ValueError):
@@ -119,6 +127,25 @@ class Encoder:
                 return ids
             room -= len(ids) - limit  # text cut in the middle of a word may have more tokens than before
         raise PromptError(f"the prompt cannot be cut to {limit} tokens")
+
+    def prefix_tokens(self, prompts: Sequence[list[int]]) -> int:
+        """How many tokens all these prompts begin with that later ones will begin with too: what stands
+        before the user's text in the chat template. 0 where that is too little to be worth keeping."""
+        prefix = self._prefix
+        if len(prefix) < LEAST_PREFIX_TOKENS or any(ids[: len(prefix)] != prefix for ids in prompts):
+            return 0
+        return len(prefix) if all(len(ids) > len(prefix) for ids in prompts) else 0
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """What prompts of every kind have in common at their beginning."""
+        if not self._has_template:
+            return []
+        try:
+            encoded = [self._tokenize(text, SPARE_CHARACTERS) for text in DIFFERENT_PROMPTS]
+        except Exception:  # such a template's own prompts tell why, one by one
+            return []
+        return os.path.commonprefix(encoded)  # noqa: RUF071 - of lists, not of paths
 
     def limit(self, options: AnsweringOptions) -> int | None:
         """The most tokens in a prompt, as asked for and as the model allows; None if unbounded.

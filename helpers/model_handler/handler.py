@@ -17,11 +17,18 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from helpers.load_state_dict import companion_folder
 from helpers.model_handler.answers import Batch, Failure, Response
+from helpers.model_handler.engines.ctranslate2_engine import why_not
 from helpers.model_handler.language_model import LanguageModel
-from helpers.model_handler.options import answering_options, takes_options
+from helpers.model_handler.options import AnsweringOptions, answering_options, takes_options
 from helpers.model_handler.served_model import ModelSource, count_loads, forget, serve
 
 NAMESPACE = "LanguageModel"
+
+
+def _engine_for(options: AnsweringOptions) -> str | None:
+    """The engine asked for; torch where the choice is open and the other one cannot answer as asked."""
+    is_open = options.engine in (None, "auto") and options.dtype != "int8"
+    return "torch" if is_open and why_not(options) else options.engine
 
 
 @takes_options
@@ -48,7 +55,12 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         companion_folder(state_dict_path)  # refuses what cannot be one, such as the model's name
         self._options = chosen = answering_options(options)
         self._source = ModelSource(
-            str(state_dict_path), model_name, chosen.device, chosen.dtype, chosen.cache_dir
+            str(state_dict_path),
+            model_name,
+            device=chosen.device,
+            dtype=chosen.dtype,
+            cache_dir=chosen.cache_dir,
+            engine=_engine_for(chosen),
         )
         self._replaced: ModelSource | None = None
 

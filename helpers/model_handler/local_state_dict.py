@@ -11,6 +11,7 @@ import glob
 import hashlib
 import logging
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from helpers.files.names import inside
 from helpers.files.transfer import crc32c_of
 from helpers.files.whole_file import whole_or_absent
 from helpers.load_state_dict.manifest import Manifest, read_companion, read_manifest
+from helpers.load_state_dict.mapped_model import LoadError, read_state_dict
 from helpers.load_state_dict.state_dict_file import StateDictFile
-from helpers.model_handler.model_loading import LoadError, read_state_dict
 from helpers.models.dtypes import dtype_name
 
 log = logging.getLogger(__name__)
@@ -94,11 +95,11 @@ def fetch(
 def _fetch(
     state_dict_path: str, manifest: Manifest, dtype: torch.dtype | None, cache_dir: str | Path | None
 ) -> LocalStateDict:
-    cache = private_folder(_folder_of(state_dict_path, manifest.crc32c, cache_dir))
+    cache = private_folder(folder_of(state_dict_path, manifest.crc32c, cache_dir))
     convert = dtype is not None and manifest.dtype != dtype_name(dtype)
     with FileLock(cache / "lock", timeout=LOCK_SECONDS):
         folder = cache / f"model-{manifest.version}"
-        _fetch_companions(state_dict_path, manifest, folder)
+        fetch_companions(state_dict_path, manifest, folder)
         converted = cache / f"{dtype_name(dtype)}.pt"
         if convert and _is_as_made(converted):
             return LocalStateDict(converted, folder, manifest, _stamp(converted))
@@ -134,15 +135,18 @@ def drop_older_copies(state_dict_path: str, crc32c: str, cache_dir: str | Path |
         crc32c: the checksum of the state dict whose copies stay.
         cache_dir: as for `fetch`.
     """
-    current = _folder_of(state_dict_path, crc32c, cache_dir)
+    current = folder_of(state_dict_path, crc32c, cache_dir)
     key = current.name.removesuffix(_hex(crc32c))
     for folder in current.parent.glob(f"{glob.escape(key)}*"):
         if folder != current:
             for file in folder.glob("*.pt"):
                 file.unlink(missing_ok=True)
+            for engine_file in folder.glob("*/engine.json"):
+                shutil.rmtree(engine_file.parent, ignore_errors=True)
 
 
-def _folder_of(state_dict_path: str, crc32c: str, cache_dir: str | Path | None) -> Path:
+def folder_of(state_dict_path: str, crc32c: str, cache_dir: str | Path | None) -> Path:
+    """The folder in the cache for a state dict, and for what is made from it."""
     # The path is in the key because two models may share a name, the checksum because a file may be replaced.
     path_key = hashlib.sha256(str(state_dict_path).encode()).hexdigest()[:8]
     name = f"{Path(state_dict_path).stem}-{path_key}-{_hex(crc32c)}"
@@ -153,7 +157,7 @@ def _hex(crc32c: str) -> str:
     return base64.b64decode(crc32c).hex()
 
 
-def _fetch_companions(state_dict_path: str, manifest: Manifest, folder: Path) -> None:
+def fetch_companions(state_dict_path: str, manifest: Manifest, folder: Path) -> None:
     """Copies what stands beside a state dict, so that it stays as it was checked."""
     folder.mkdir(exist_ok=True)
     for name in manifest.files:

@@ -135,8 +135,17 @@ class AnsweringOptions:
         "Where to compute: cpu or cuda. By default a GPU if there is one.",
         pattern=r"|auto|cpu|(cuda|mps|xpu)(:\d+)?",
     )
+    engine: str | None = option(
+        None,
+        "What computes: torch, for every model and for GPUs, or ctranslate2, on CPUs. By default the one "
+        "that was measured to be faster on a CPU of this kind, for models that it takes.",
+        choices=("auto", "torch", "ctranslate2"),
+    )
     dtype: str | None = option(
-        None, "What to compute in. By default what the device is fast in.", choices=("auto", *DTYPES)
+        None,
+        "What to compute in. By default what the device is fast in. With int8, which only ctranslate2 "
+        "computes in, weights are rounded to 8-bit integers: smaller and faster, with other answers.",
+        choices=("auto", *DTYPES, "int8"),
     )
     max_batch_size: int = option(32, "How many prompts the model answers at once.", metavar="N", within=COUNT)
     max_batch_tokens: int = option(
@@ -154,6 +163,11 @@ class AnsweringOptions:
     )
     torch_threads: int | None = option(
         None, "The threads of torch in this process. By default one for each core.", metavar="N", within=COUNT
+    )
+    recompute: bool = option(
+        False,
+        "Compute again what prompts repeat. By default the beginning that all of them share, as of a chat "
+        "template, is computed once, and so are prompts of a batch that are equal, unless they are sampled.",
     )
     reload_seconds: float | None = option(
         None,

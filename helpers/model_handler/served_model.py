@@ -13,12 +13,24 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
+
+from helpers.load_state_dict.engine_file import EngineError
 from helpers.load_state_dict.manifest import Manifest, read_manifest
+from helpers.load_state_dict.mapped_model import LoadError, load_model, read_generation_config
+from helpers.model_handler.engines.choice import Choice, choose
+from helpers.model_handler.engines.generation_settings import held, not_honoured
+from helpers.model_handler.engines.torch_engine import TorchEngine
 from helpers.model_handler.language_model import LanguageModel, OtherModelError
+from helpers.model_handler.local_engine_file import fetch_engine_file
 from helpers.model_handler.local_state_dict import drop_older_copies, fetch
-from helpers.model_handler.model_loading import choose_device, choose_dtype, load_model
-from helpers.models.dtypes import dtype_name
+from helpers.models.architecture import architecture_of, read_config, read_tokenizer
+from helpers.models.dtypes import torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +42,14 @@ _count_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, and where and how it computes; see `LanguageModelHandler`."""
+    """Where a model comes from, and where, by what and in what it is computed; see `LanguageModelHandler`."""
 
     state_dict_path: str
     model_name: str | None = None
     device: str | None = None
     dtype: str | None = None
     cache_dir: str | None = None
+    engine: str | None = None
 
     def load(self) -> tuple[LanguageModel, Manifest]:
         """Loads the model; returns it, and the manifest of the state dict that it was loaded from.
@@ -44,19 +57,39 @@ class ModelSource:
         Raises:
             FileNotFoundError, PermissionError: the state dict cannot be read.
             WrongModelError: it was made from another model.
-            CacheError, CompanionError, LoadError, ModelError: it is damaged, its model is of no use here, or
-                the device is not there.
+            CacheError, CompanionError, EngineError, LoadError, ModelError: it is damaged, its model is of no
+                use here, or the device or the engine is not there or cannot take the model.
         """
-        device = choose_device(self.device)
-        dtype, reason = choose_dtype(device, self.dtype)
-        log.info("Computing on %s in %s: %s", device, dtype_name(dtype), reason)
+        choice = choose(self.engine, self.device, self.dtype)
         # Before anything is fetched: another model's weights are of no use.
         read_manifest(self.state_dict_path).check_model(self.state_dict_path, self.model_name)
+        started = time.monotonic()
+        if choice.engine == "ctranslate2":
+            try:
+                found = self._load_ctranslate2(choice)
+            except (EngineError, LoadError) as error:
+                if choice.is_asked_for:
+                    raise
+                log.warning("Computing with torch: %s", error)
+                choice = choice.instead()
+        if choice.engine == "torch":
+            found = self._load_torch(choice)
+        model, manifest = found
+        log.info(
+            "Loaded %s in %.2f s, to compute with %s in %s on %s: %s",
+            *(manifest.model_name, time.monotonic() - started),
+            *(choice.engine, choice.dtype, choice.device, choice.reason),
+        )
+        return model, manifest
+
+    def _load_torch(self, choice: Choice) -> tuple[LanguageModel, Manifest]:
+        dtype = torch_dtype(choice.dtype)
         while True:
             state_dict = fetch(self.state_dict_path, dtype, self.cache_dir)
-            started = time.monotonic()
             try:
-                model, tokenizer = load_model(state_dict.file, state_dict.folder, device=device, dtype=dtype)
+                model, tokenizer = load_model(
+                    state_dict.file, state_dict.folder, device=choice.device, dtype=dtype
+                )
             except Exception:
                 if state_dict.is_there():
                     raise
@@ -64,9 +97,40 @@ class ModelSource:
             if state_dict.is_there():
                 break
             del model  # the weights of another version, with this one's tokenizer
-        made_from = state_dict.manifest.model_name
-        log.info("Loaded %s in %.2f s", made_from, time.monotonic() - started)
-        return LanguageModel(model, tokenizer, made_from), state_dict.manifest
+        _tell_what_does_not_hold(model.generation_config)
+        engine = TorchEngine(model, tokenizer)
+        return LanguageModel(engine, tokenizer, state_dict.manifest.model_name), state_dict.manifest
+
+    def _load_ctranslate2(self, choice: Choice) -> tuple[LanguageModel, Manifest]:
+        # An import of its own: the engine is not installed everywhere.
+        from helpers.model_handler.engines.ctranslate2_engine import CTranslate2Engine, DisagreementError
+
+        local = fetch_engine_file(self.state_dict_path, choice.dtype, self.cache_dir)
+        config = architecture_of(read_config(local.companions)).config
+        settings = read_generation_config(local.companions, config)
+        try:
+            engine = CTranslate2Engine(
+                local.folder,
+                local.file,
+                config,
+                held(settings),
+                torch.get_num_threads(),
+                lambda: self._load_torch(choice.instead())[0].model,
+            )
+        except DisagreementError as error:
+            local.refuse(str(error))
+            raise
+        _tell_what_does_not_hold(settings)
+        tokenizer = read_tokenizer(local.companions)
+        return LanguageModel(engine, tokenizer, local.manifest.model_name), local.manifest
+
+
+def _tell_what_does_not_hold(settings: GenerationConfig) -> None:
+    if left := not_honoured(settings):
+        log.warning(
+            "Settings of the publisher's that do not hold here, where the answering options decide: %s",
+            ", ".join(f"{name}={value!r}" for name, value in left.items()),
+        )
 
 
 class _Served:

@@ -27,6 +27,7 @@ NEEDED = (
     "apache-beam",
     "certifi",
     "cryptography",
+    "ctranslate2",
     "facets-overview",
     "filelock",
     "gguf",

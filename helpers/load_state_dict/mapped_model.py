@@ -1,86 +1,31 @@
-"""From a state dict on this machine to a model in memory: device, dtype, and weights that stay mapped."""
+"""From a state dict on this machine to a transformers model whose weights stay mapped from the file."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from helpers.model_handler.single_row import is_worthwhile, speed_up_single_rows
 from helpers.models.architecture import Architecture, architecture_of, read_config, read_tokenizer
-from helpers.models.dtypes import DTYPES
 from helpers.models.error_text import some
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 _loading = threading.Lock()
 
 
 class LoadError(ValueError):
-    """A state dict that does not fit its model, or a missing device; the message says what to do."""
-
-
-def choose_device(device: str | None = None) -> torch.device:
-    """The device asked for, or a GPU if there is one, or else the CPU.
-
-    Raises:
-        LoadError: the requested device is not available.
-    """
-    if device in (None, "", "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(str(device).lower())
-    except RuntimeError as error:
-        raise LoadError(f"{device!r} is not a device: use 'cpu', 'cuda' or 'auto'.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise LoadError(
-            "A GPU was asked for, but there is none that torch can use. Check the machine type, the driver, "
-            "and that torch is a CUDA build, or ask for device 'cpu'."
-        )
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise LoadError(f"There are {torch.cuda.device_count()} GPUs here: {device!r} is not one of them.")
-    return chosen
-
-
-def choose_dtype(device: torch.device, dtype: str | None = None) -> tuple[torch.dtype, str]:
-    """The dtype to compute in, and the reason for it.
-
-    bfloat16 where the hardware multiplies it natively, float32 elsewhere. Without such hardware bfloat16 is
-    emulated, and float16 is a trap on a CPU: measured without AVX512-FP16, a 1024×1024 product took over 200
-    times as long as in float32.
-
-    Raises:
-        LoadError: the dtype asked for is unknown, or float16 on a CPU that emulates it.
-    """
-    if device.type == "cuda":
-        native = {"bfloat16": torch.cuda.is_bf16_supported(including_emulation=False), "float16": True}
-    elif device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        native = {
-            "bfloat16": any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")),
-            "float16": any(has.get(name) for name in ("avx512_fp16", "amx_fp16")),
-        }
-    else:
-        native = {"bfloat16": False, "float16": False}
-    if dtype in (None, "", "auto"):
-        if native["bfloat16"]:
-            return torch.bfloat16, f"this {device.type} computes in bfloat16, at half the memory of float32"
-        return torch.float32, f"this {device.type} has no native bfloat16"
-    if dtype not in DTYPES:
-        raise LoadError(f"dtype {dtype!r} is not supported: use auto, {', '.join(DTYPES)}.")
-    if dtype == "float16" and device.type == "cpu" and not native["float16"]:
-        raise LoadError(
-            "float16 is only emulated by this CPU, at a fraction of float32's speed: use dtype 'auto'. The "
-            "state dict may still be stored in float16."
-        )
-    return getattr(torch, dtype), "asked for"
+    """A model that cannot be loaded: a state dict that does not fit, a missing device or engine; the message
+    says what to do."""
 
 
 @contextmanager
@@ -127,8 +72,6 @@ def load_model(
         LoadError: the keys or shapes of the state dict are not the model's, or the file is damaged.
         ModelError: the config is not that of a model that generates text.
     """
-    from transformers import GenerationConfig
-
     if not (Path(folder) / "config.json").is_file():
         raise LoadError(
             f"There is no config.json in {folder}, the folder that belongs beside a state dict: make both "
@@ -153,12 +96,23 @@ def load_model(
     if model.state_dict().keys() != state_dict.keys() or any(keys.values()):
         raise LoadError(_misfit(state_dict_file, architecture, state_dict))
     if (Path(folder) / "generation_config.json").is_file():
-        # Start and end tokens: a model that is built from its config alone does not know them.
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model = model.to(device or "cpu")
-    if is_worthwhile(model.device, model.dtype):
-        speed_up_single_rows(model)
-    return model, read_tokenizer(folder)
+        model.generation_config = read_generation_config(folder, architecture.config)
+    return model.to(device or "cpu"), read_tokenizer(folder)
+
+
+def read_generation_config(folder: str | Path, config: PretrainedConfig) -> GenerationConfig:
+    """The publisher's settings: a model that is built from its config alone does not know its start and end
+    tokens.
+
+    Args:
+        folder: which may hold a generation_config.json.
+        config: the model's, which tells where there is none.
+    """
+    from transformers import GenerationConfig
+
+    if (Path(folder) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
 
 
 @contextmanager
@@ -175,6 +129,37 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if has_bars:
             logging.enable_progress_bar()
+
+
+def page_dropper(file: str | Path) -> Callable[[torch.Tensor], None]:
+    """A function that gives back the memory of a tensor's pages, where it is mapped from this file.
+
+    The pages are read from the file again when they are needed. Without it, a process that goes through a
+    state dict comes to hold all of it, although nothing but the last tensors is in use. For any other tensor,
+    and on other systems than Linux, it does nothing.
+
+    Args:
+        file: a mapped file, to which nobody writes through the mapping.
+    """
+    name = str(Path(file).resolve())
+    try:
+        lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:
+        return lambda tensor: None
+    places = [
+        tuple(int(end, 16) for end in line[0].split("-"))
+        for line in lines
+        if len(line) == 6 and line[5] == name
+    ]
+    system, page = ctypes.CDLL(None), mmap.PAGESIZE
+
+    def drop(tensor: torch.Tensor) -> None:
+        start = -(-tensor.data_ptr() // page) * page
+        end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+        if start < end and any(first <= start and end <= last for first, last in places):
+            system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+    return drop
 
 
 def read_state_dict(file: str | Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,90 @@
+"""Which engine computes, and in what: what was asked for, or what was measured to be faster.
+
+The rule of `auto`: a machine that computes in bfloat16 (or has a GPU) uses torch; an x86 machine that does
+not uses CTranslate2 in float32, for the models that it takes. The table that this rests on is
+`docs/engines.md`; its figures were measured with `make bench`. Nothing was measured on CPUs with AMX, on ARM
+or on GPUs: there, `auto` is torch.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from helpers.load_state_dict.engine_file import ENGINE_DTYPES
+from helpers.load_state_dict.engine_file.description import engine_version
+from helpers.load_state_dict.mapped_model import LoadError
+from helpers.model_handler.hardware import choose_device, choose_dtype
+from helpers.models.dtypes import DTYPES, dtype_name
+
+ENGINES = ("torch", "ctranslate2")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a model is computed by.
+
+    Attributes:
+        engine: of `ENGINES`.
+        device: where.
+        dtype: in what; for torch, the name of a `torch.dtype`.
+        reason: why, for the log.
+        is_asked_for: whether no other engine will do.
+    """
+
+    engine: str
+    device: torch.device
+    dtype: str
+    reason: str
+    is_asked_for: bool = False
+
+    def instead(self) -> Choice:
+        """Torch in this one's place."""
+        dtype, reason = choose_dtype(self.device, self.dtype)
+        return Choice("torch", self.device, dtype_name(dtype), reason)
+
+
+def choose(
+    engine: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Choice:
+    """The engine, device and dtype for this machine. Whether an engine takes the model is seen later.
+
+    Args:
+        engine, device, dtype: what was asked for; None or `auto` leaves it open.
+
+    Raises:
+        LoadError: what was asked for is not here, or does not go together.
+    """
+    engine, dtype = engine or "auto", dtype or "auto"
+    if dtype == "int8" and engine == "torch":
+        raise LoadError("torch does not compute in int8 here: use engine ctranslate2, or another dtype.")
+    place = choose_device(device)
+    why_open = _why_not_ctranslate2(place)
+    if engine == "ctranslate2" or dtype == "int8":
+        if why_open:
+            raise LoadError(f"{'int8' if dtype == 'int8' else 'ctranslate2'} was asked for, but {why_open}")
+        if dtype not in ("auto", *ENGINE_DTYPES):
+            raise LoadError(f"ctranslate2 does not compute in {dtype} here: use {', '.join(ENGINE_DTYPES)}.")
+        return Choice("ctranslate2", place, "float32" if dtype == "auto" else dtype, "asked for", True)
+    if dtype not in ("auto", *DTYPES):
+        raise LoadError(f"dtype {dtype!r} is not supported: use auto, {', '.join(DTYPES)}, int8.")
+    chosen, reason = choose_dtype(place, dtype)
+    if engine == "auto" and not why_open and chosen == torch.float32 and _is_x86():
+        return Choice("ctranslate2", place, "float32", f"{reason}, and ctranslate2 is faster in float32")
+    return Choice("torch", place, dtype_name(chosen), reason, engine == "torch")
+
+
+def _why_not_ctranslate2(device: torch.device) -> str:
+    if engine_version() is None:
+        return "ctranslate2 is not installed: `pip install ctranslate2`, or use engine torch."
+    if device.type != "cpu":
+        return f"ctranslate2 is used on CPUs only here: use device cpu, or engine torch, not {device}."
+    return ""
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")

@@ -1,0 +1,227 @@
+"""CTranslate2 as the engine: faster than torch on CPUs without bfloat16, and in 8-bit integers on all.
+
+Its file is read into this process's own memory: unlike torch's mapped weights, processes do not share it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from helpers.load_state_dict.engine_file import EngineFile
+from helpers.load_state_dict.mapped_model import LoadError
+from helpers.model_handler.engines import generation_settings
+from helpers.model_handler.engines.engine import as_set
+from helpers.model_handler.engines.neighbours import Company
+from helpers.models.architecture import response_positions_of
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+    from helpers.model_handler.engines.engine import Engine
+    from helpers.model_handler.options import AnsweringOptions
+
+COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_float32"}
+"""CTranslate2's names for the dtypes. Where weights are 8-bit integers, everything else is float32."""
+
+# How far the log-probabilities of a sample's tokens may be from transformers', in their standard deviations.
+# Measured: 3e-5 and less in float32 (SmolLM2-135M, shapes of flan-t5, tiny models of each kind); 0.2 in int8
+# (SmolLM2-135M). What has nothing to do with the model is 1.1 away.
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.15, "int8": 0.6}
+LEAST_DEVIATION = 0.1
+"""Random weights find all tokens alike: of those, less than this is no difference."""
+
+# Settings of the publisher's that mean the same here as in transformers. Others may, which nobody has shown.
+_UNDERSTOOD = frozenset(
+    {
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "decoder_start_token_id",
+        "suppress_tokens",
+        "min_new_tokens",
+        "use_cache",
+    }
+)
+
+
+def not_understood(held: GenerationConfig) -> list[str]:
+    """Those of the publisher's settings that this engine would not honour as transformers does."""
+    values = held.to_dict()
+    unset: dict[str, tuple] = {"repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,)}
+    return sorted(
+        name
+        for name in generation_settings.HELD
+        if name not in _UNDERSTOOD and values.get(name) not in (None, False, 0, [], *unset.get(name, ()))
+    )
+
+
+class DisagreementError(LoadError):
+    """What CTranslate2 computes is not what transformers does."""
+
+
+class CTranslate2Engine:
+    """Generates with CTranslate2; see `Engine`.
+
+    Args:
+        folder: the engine's file; see `helpers.load_state_dict.engine_file`.
+        file: its description.
+        config: the model's.
+        generation_config: the publisher's settings that hold.
+        threads: to compute with.
+        load_model: loads the transformers model of the same state dict.
+
+    Raises:
+        DisagreementError: what it computes is not what transformers does.
+        LoadError: it cannot read the file, compute in its dtype, or take the publisher's settings.
+    """
+
+    name = "ctranslate2"
+    device = "cpu"
+
+    def __init__(
+        self,
+        folder: Path,
+        file: EngineFile,
+        config: PretrainedConfig,
+        generation_config: GenerationConfig,
+        threads: int,
+        load_model: Callable[[], PreTrainedModel],
+    ) -> None:
+        import ctranslate2
+
+        self.dtype = file.dtype
+        self.config = config
+        self.generation_config = generation_config
+        self._load_model = load_model
+        self._model: PreTrainedModel | None = None
+        self._is_encoder_decoder = bool(config.is_encoder_decoder)
+        if others := not_understood(generation_config):
+            raise LoadError(
+                f"ctranslate2 does not honour the publisher's {', '.join(others)} as transformers does: use "
+                "engine torch."
+            )
+        if COMPUTE_TYPES[file.dtype] not in ctranslate2.get_supported_compute_types("cpu"):
+            raise LoadError(f"ctranslate2 does not compute in {file.dtype} on this CPU: use float32 or int8.")
+        if not as_set(generation_config.eos_token_id):
+            raise LoadError(
+                "ctranslate2 needs a token that ends responses, and the model has none: use engine torch."
+            )
+        kind = ctranslate2.Translator if self._is_encoder_decoder else ctranslate2.Generator
+        try:
+            self._engine = kind(
+                str(folder), device="cpu", compute_type=COMPUTE_TYPES[file.dtype], intra_threads=threads
+            )
+            self.rows = len(json.loads(next(folder.glob("*vocabulary.json")).read_text()))
+            difference = self._difference_from(file)
+        except (RuntimeError, ValueError, OSError, StopIteration) as error:
+            raise LoadError(
+                f"ctranslate2 cannot use {folder} ({error}): delete it, and it is made again."
+            ) from error
+        if not difference <= TOLERANCE[file.dtype]:
+            raise DisagreementError(
+                f"ctranslate2 in {file.dtype} does not compute what transformers does with this model: its "
+                f"log-probabilities are {difference:.2g} standard deviations away, and the limit is "
+                f"{TOLERANCE[file.dtype]}. Use engine torch."
+            )
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model of the same weights, for those who ask for it; answers come without it."""
+        if self._model is None:
+            self._model = self._load_model()
+        return self._model
+
+    def generate(
+        self, prompts: Sequence[list[int]], options: AnsweringOptions, prefix_tokens: int = 0
+    ) -> list[list[int]]:
+        """See `Engine.generate`.
+
+        Raises:
+            ValueError: it cannot answer with these options as they are meant.
+        """
+        if reason := why_not(options):
+            raise ValueError(reason)
+        most = response_positions_of(self.config)
+        longest = int(min(options.max_response_tokens, most - 1 if most else math.inf))
+        shared: dict[str, Any] = {
+            "end_token": sorted(as_set(self.generation_config.eos_token_id)),
+            "return_end_token": True,
+            "beam_size": 1,
+        }
+        if unwanted := self.generation_config.suppress_tokens:
+            shared["suppress_sequences"] = [[str(token)] for token in unwanted]
+        if options.temperature > 0:
+            shared |= {
+                "sampling_temperature": options.temperature,
+                "sampling_topk": 0,  # of all tokens
+                "sampling_topp": options.top_p,
+            }
+        least = self.generation_config.min_new_tokens or 0
+        texts = [_as_texts(prompt) for prompt in prompts]
+        if self._is_encoder_decoder:
+            results = self._engine.translate_batch(
+                texts,
+                max_input_length=0,  # the prompt's limit has been checked already
+                max_decoding_length=longest,
+                min_decoding_length=least,
+                **shared,
+            )
+            return [[int(token) for token in result.hypotheses[0]] for result in results]
+        results = self._engine.generate_batch(
+            [text[prefix_tokens:] for text in texts],
+            max_length=longest,
+            min_length=least,
+            include_prompt_in_result=False,
+            static_prompt=texts[0][:prefix_tokens] or None,
+            cache_static_prompt=True,
+            **shared,
+        )
+        return [result.sequences_ids[0] for result in results]
+
+    def company(self, samples: Sequence[list[int]]) -> Company:
+        """See `Engine.company`: it computes without padding, or masks it."""
+        return Company.ANY
+
+    def why_not(self, options: AnsweringOptions) -> str:
+        """See `Engine.why_not`."""
+        return why_not(options)
+
+    def is_alike(self, other: Engine) -> bool:
+        """See `Engine.is_alike`."""
+        return (
+            isinstance(other, CTranslate2Engine)
+            and self.rows == other.rows
+            and self.config.to_diff_dict() == other.config.to_diff_dict()
+        )
+
+    def _difference_from(self, file: EngineFile) -> float:
+        """How far the log-probabilities of the sample are from transformers', in standard deviations."""
+        sample = file.reference
+        prompt, response = _as_texts(sample.prompt), _as_texts(sample.response)
+        if self._is_encoder_decoder:
+            [scored] = self._engine.score_batch([prompt], [response], max_input_length=0)
+            ours = scored.log_probs[: len(response)]
+        else:
+            [scored] = self._engine.score_batch([prompt + response])
+            ours = scored.log_probs[-len(response) :]
+        theirs = torch.tensor(sample.log_probabilities)
+        deviation = max(float(theirs.std()), LEAST_DEVIATION)
+        return float((torch.tensor(ours) - theirs).abs().mean()) / deviation
+
+
+def why_not(options: AnsweringOptions) -> str:
+    """Why CTranslate2 cannot answer with these options as they are meant; empty if it can."""
+    if options.temperature > 0 and options.seed is not None:
+        return "ctranslate2 cannot repeat what it has sampled (seed)"
+    return ""
+
+
+def _as_texts(tokens: Sequence[int]) -> list[str]:
+    """Token ids as the engine's own vocabulary has them."""
+    return [str(token) for token in tokens]

@@ -1,0 +1,73 @@
+"""The interface between a language model and what computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from helpers.model_handler.engines.neighbours import Company
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+    from helpers.model_handler.options import AnsweringOptions
+
+
+class Engine(Protocol):
+    """Computes the responses to encoded prompts. One thread at a time may use it.
+
+    Tokenizing, batching by length, isolating failures, counting and swapping are not its business.
+
+    Attributes:
+        name: as the option `engine` names it.
+        dtype: the name of what it computes in.
+        device: `cpu`, or where else it computes.
+        config: the model's.
+        generation_config: the publisher's settings that hold; see `generation_settings`.
+        rows: how many tokens the model has embeddings for.
+        model: the transformers model. An engine that computes without it loads it when it is first asked for.
+    """
+
+    name: str
+    dtype: str
+    device: str
+    config: PretrainedConfig
+    generation_config: GenerationConfig
+    rows: int
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    def generate(
+        self, prompts: Sequence[list[int]], options: AnsweringOptions, prefix_tokens: int = 0
+    ) -> list[list[int]]:
+        """Responses to prompts, all in one batch: token ids up to the end token, and that one too.
+
+        Args:
+            prompts: token ids; they need not be of the same length.
+            options: how to answer.
+            prefix_tokens: how many tokens all of them begin with alike, and later ones will too, so that the
+                model's state after these may be kept; 0 for nothing to keep.
+        """
+        ...
+
+    def company(self, samples: Sequence[list[int]]) -> Company:
+        """Which prompts may share a batch.
+
+        Args:
+            samples: encoded prompts to find it out with.
+        """
+        ...
+
+    def why_not(self, options: AnsweringOptions) -> str:
+        """Why it cannot answer with these options as they are meant; empty if it can."""
+        ...
+
+    def is_alike(self, other: Engine) -> bool:
+        """Whether another engine computes a model of the same architecture and shapes."""
+        ...
+
+
+def as_set(ids: int | list[int] | None) -> set[int]:
+    """Token ids as a generation config has them: one, several or none."""
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
