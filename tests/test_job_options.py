@@ -6,13 +6,15 @@ The jobs are captured as templates, which Beam builds and stages as it does what
 import importlib.metadata
 import json
 import time
+import zipfile
 from pathlib import Path
 
 import apache_beam as beam
 import pytest
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, SetupOptions
 
 from helpers import pipeline
+from helpers.dataflow import job_options
 from helpers.dataflow.job_options import (
     OptionError,
     disk_gb,
@@ -21,7 +23,7 @@ from helpers.dataflow.job_options import (
     torch_threads,
     valid_job_name,
 )
-from helpers.load_state_dict import WrongModelError
+from helpers.load_state_dict import WrongModelError, read_manifest
 from helpers.load_state_dict.manifest import Manifest
 from helpers.model_handler import AnsweringOptions
 from helpers.models.names import CONFIGS
@@ -240,7 +242,49 @@ def test_the_disk_holds_the_state_dict_as_it_is_computed_in():
     manifest = Manifest("m", "float16", 1, 20 * GB, "")
     assert disk_gb(manifest, "n4-standard-8") == 90  # bfloat16: 25 + 3 × 20
     assert disk_gb(manifest, "n2-standard-8") == 130  # float32: 25 + 5 × 20
+    assert disk_gb(manifest, "n4-standard-8", "int8") == 70  # 25 + 2 × 20
     assert disk_gb(Manifest("m", "float16", 1, 10**6, ""), "n4-standard-2") == 30
+
+
+@pytest.mark.parametrize(
+    ("answering", "machine_type", "uses"),
+    [
+        ({}, "n4-standard-2", False),  # torch, in bfloat16
+        ({}, "n2-standard-2", True),
+        ({"engine": "torch"}, "n2-standard-2", False),
+        ({"dtype": "int8"}, "n4-standard-2", True),
+        ({"dtype": "float32"}, "n4-standard-2", True),
+        ({"device": "cuda"}, "g2-standard-4", False),
+        ({"engine": "ctranslate2"}, "n4-standard-2", True),
+    ],
+)
+def test_workers_get_the_second_engine_where_they_use_it(answering, machine_type, uses, tmp_path):
+    beam_options = PipelineOptions([f"--machine_type={machine_type}"])
+    job_options.stage_helpers(beam_options, str(tmp_path), AnsweringOptions(**answering))
+    [wheel] = beam_options.view_as(SetupOptions).extra_packages
+    with zipfile.ZipFile(wheel) as content:
+        [metadata] = [name for name in content.namelist() if name.endswith("METADATA")]
+        lines = content.read(metadata).decode().splitlines()
+    asked = [line for line in lines if line.startswith("Requires-Dist: ctranslate2")]
+    assert len(asked) == 1
+    assert ("extra ==" not in asked[0]) == uses
+
+
+def test_a_machine_is_chosen_for_what_computes(xl):
+    manifest = read_manifest(xl)
+    sized = {
+        dtype: job_options.size_for_serving(
+            xl, manifest, **job_options.computing(AnsweringOptions(dtype=dtype))
+        )
+        for dtype in (None, "float32", "int8")
+    }
+    assert {one.compute_dtype: one.engine for one in sized.values()} == {
+        "bfloat16": "torch",
+        "float32": "torch",
+        "int8": "ctranslate2",
+    }
+    weights = {dtype: one.serve.parts["weights"] for dtype, one in sized.items()}
+    assert weights["float32"] == 2 * weights[None] == 4 * weights["int8"]
 
 
 def test_what_is_for_dataflow_alone_is_refused_elsewhere():

@@ -57,6 +57,35 @@ def test_the_published_machine_for_xl_is_too_small_for_its_own_handler():
     assert sized.serve.peak_bytes > sized.serve.machine.memory_bytes
 
 
+@pytest.mark.parametrize(("model", "published_gb"), [(XXL, 64), (UL2, 128)])
+def test_in_int8_the_largest_models_fit_a_quarter_of_the_published_machines(model, published_gb):
+    sized = size_model(model, engine="ctranslate2", compute_dtype="int8")
+    assert sized.serve.parts["weights"] == sized.parameters
+    assert sized.serve.machine.memory_gb <= published_gb / 4
+    assert size_model(model, method="sample").serve.machine.memory_gb == published_gb
+
+
+def test_processes_share_weights_that_torch_maps_and_no_others():
+    one, two = (size_model(LARGE, engine="ctranslate2", processes=n).serve.parts for n in (1, 2))
+    assert two["weights"] == 2 * one["weights"]
+    mapped = [size_model(LARGE, processes=n).serve.parts["weights"] for n in (1, 2)]
+    assert mapped[0] == mapped[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "abacus"}, "Unknown engine"),
+        ({"compute_dtype": "int8"}, "torch does not compute in 'int8'"),
+        ({"engine": "ctranslate2", "compute_dtype": "float16"}, "does not compute in 'float16'"),
+        ({"engine": "ctranslate2", "family": "g2"}, "on CPUs only"),
+    ],
+)
+def test_an_engine_that_cannot_do_it_is_refused(settings, message):
+    with pytest.raises(SizingError, match=message):
+        size_model(SMALL, **settings)
+
+
 @pytest.mark.parametrize("model", [XL, XXL, UL2])
 def test_serving_in_half_precision_needs_a_machine_of_half_the_memory(model):
     ours, theirs = size_model(model), size_model(model, method="sample")

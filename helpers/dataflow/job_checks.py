@@ -148,7 +148,8 @@ def _state_dict(path: str, model_name: str) -> tuple[list[Finding], Manifest | N
 def _machine(
     path: str, manifest: Manifest, machine_type: str | None, answering: AnsweringOptions
 ) -> Iterator[Finding]:
-    wants_gpu, workload = job_options.wants_gpu(answering.device), answering.workload()
+    wants_gpu = job_options.wants_gpu(answering.device)
+    settings = answering.workload() | job_options.computing(answering)
     machine = machine_types.CATALOGUE.get(machine_type or "")
     if machine_type and machine is None:
         try:
@@ -162,11 +163,11 @@ def _machine(
     subject = f"machine {machine_type or '(from sizing)'}"
     try:
         if machine is None:
-            sizing = job_options.size_for_serving(path, manifest, on_gpu=wants_gpu, **workload)
+            sizing = job_options.size_for_serving(path, manifest, on_gpu=wants_gpu, **settings)
             machine = sizing.serve.machine
             yield Finding(f"machine {machine.name}", detail="the smallest that holds the model")
             return
-        sizing = job_options.size_for_serving(path, manifest, family=machine.family, **workload)
+        sizing = job_options.size_for_serving(path, manifest, family=machine.family, **settings)
     except (MachineTypeError, ModelError, SizingError, OSError, ValueError) as error:
         yield Finding(subject, MISS, str(error), "choose a smaller model, or another family of machines")
         return

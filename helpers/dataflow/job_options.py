@@ -16,6 +16,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from apache_beam.options.pipeline_options import (
     DebugOptions,
@@ -31,9 +32,10 @@ from helpers.files.package import build_wheel
 from helpers.load_state_dict import Manifest, read_companion, read_manifest
 from helpers.load_state_dict.engine_file.description import ENGINE
 from helpers.model_handler import AnsweringOptions
+from helpers.models.dtypes import DTYPE_BYTES
 from helpers.sizing import machine_types
 from helpers.sizing.machine_types import MachineType, MachineTypeError
-from helpers.sizing.sizes import SYSTEM_DISK_BYTES, Sizing, compute_dtype_on, size_model
+from helpers.sizing.sizes import COMPUTE_BYTES, SYSTEM_DISK_BYTES, Sizing, compute_dtype_on, size_model
 
 # Room to grow under load, and a bound on what a forgotten job costs. Dataflow's own bound is 100 workers.
 MAX_WORKERS = 4
@@ -83,14 +85,18 @@ def set_defaults(
         machine_types.check_machine_type(worker.machine_type)
     else:
         on_gpu = wants_gpu(answering.device)
-        sizing = size_for_serving(state_dict_path, manifest, on_gpu=on_gpu, **answering.workload())
+        sizing = size_for_serving(
+            state_dict_path, manifest, on_gpu=on_gpu, **computing(answering), **answering.workload()
+        )
         worker.machine_type = sizing.serve.machine.name
     cloud = options.view_as(GoogleCloudOptions)
     _set_accelerator(cloud, worker.machine_type, answering.device)
     _set_processes(options.view_as(DebugOptions))
     _set_delivery(cloud, exactly_once)
     _set_scaling(worker)
-    worker.disk_size_gb = worker.disk_size_gb or disk_gb(manifest, worker.machine_type)
+    worker.disk_size_gb = worker.disk_size_gb or disk_gb(
+        manifest, worker.machine_type, computing(answering)["compute_dtype"]
+    )
     _set_labels(cloud, model_name, max_run_minutes)
     cloud.job_name = cloud.job_name or new_job_name(model_name)
 
@@ -147,7 +153,7 @@ def size_for_serving(
     *,
     on_gpu: bool = False,
     family: str | None = None,
-    **workload: int,
+    **settings: Any,
 ) -> Sizing:
     """Sizes a converted model by the config beside its state dict, without a hub.
 
@@ -156,35 +162,42 @@ def size_for_serving(
         manifest: its manifest.
         on_gpu: whether to choose a machine with a GPU, of the smallest kind that fits.
         family: the machine's family, rather than `on_gpu`.
-        workload: `batch_size`, `prompt_tokens`, `response_tokens`, `processes` of `size_model`; without them
-            the largest batch of the default answering options.
+        settings: of `size_model`: `batch_size`, `prompt_tokens`, `response_tokens`, `processes`, without
+            which the largest batch of the default answering options is sized; `engine`, `compute_dtype`.
 
     Raises:
         FileNotFoundError, PermissionError, StorageError: the config cannot be read.
         MachineTypeError, SizingError: no machine is large enough, or the kind of model is not known.
     """
-    workload = AnsweringOptions().workload() | workload
+    settings = AnsweringOptions().workload() | settings
     families = [family] if family or not on_gpu else list(machine_types.GPU_FAMILIES)
     with tempfile.TemporaryDirectory() as folder:
         config = read_companion(state_dict_path, manifest, "config.json")
         (Path(folder) / "config.json").write_bytes(config)
         for number, candidate in enumerate(families, 1):
             try:
-                return size_model(folder, dtype=manifest.dtype, family=candidate, **workload)
+                return size_model(folder, dtype=manifest.dtype, family=candidate, **settings)
             except MachineTypeError:
                 if number == len(families):
                     raise
     raise AssertionError("unreachable: the last family returns or raises")
 
 
-def disk_gb(manifest: Manifest, machine_type: str) -> int:
+def computing(answering: AnsweringOptions) -> dict[str, str | None]:
+    """By what and in what workers compute, as far as it was asked for: the arguments of `size_model`."""
+    dtype = None if answering.dtype in (None, "auto") else answering.dtype
+    is_ctranslate2 = answering.engine == ENGINE or dtype == "int8"
+    return {"engine": ENGINE if is_ctranslate2 else "torch", "compute_dtype": dtype}
+
+
+def disk_gb(manifest: Manifest, machine_type: str, compute_dtype: str | None = None) -> int:
     """A worker's disk: the system, the state dict as stored, and two copies in the dtype to compute in.
 
     Two, because a new state dict is taken up while the old one serves.
     """
     family = machine_type.split("-")[0]
-    widens = compute_dtype_on(family, manifest.dtype) == "float32" and manifest.dtype != "float32"
-    held = manifest.bytes * (1 + 2 * (2 if widens else 1))
+    computed = COMPUTE_BYTES[compute_dtype or compute_dtype_on(family, manifest.dtype)]
+    held = manifest.bytes * (1 + 2 * computed / DTYPE_BYTES[manifest.dtype])
     steps = math.ceil((SYSTEM_DISK_BYTES + held) / 1e9 / WORKER_DISK_STEP_GB)
     return max(MINIMUM_WORKER_DISK_GB, steps * WORKER_DISK_STEP_GB)
 

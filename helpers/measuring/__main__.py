@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from helpers.measuring.memory import METHODS, measure_models, measure_overhead
+from helpers.measuring.memory import ENGINE_METHODS, METHODS, measure_models, measure_overhead
 from helpers.measuring.process_memory import MeasureError
 
 
@@ -25,7 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m helpers.measuring", description="Compares predicted with measured memory."
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="a hub name or a folder")
-    parser.add_argument("--method", action="append", choices=METHODS, help="default: both")
+    parser.add_argument(
+        "--method",
+        action="append",
+        choices=(*METHODS, *ENGINE_METHODS),
+        help=f"default: {' and '.join(METHODS)}",
+    )
     parser.add_argument("--overhead", action="store_true", help="measure the constants of helpers.sizing")
     options = parser.parse_args(arguments)
     if options.overhead == bool(options.models):

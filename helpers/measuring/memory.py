@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from helpers.sizing import sizes
 from helpers.sizing.this_machine import machine_memory_bytes
 
 METHODS = ("sample", "project")
+ENGINE_METHODS = {"ctranslate2-float32": "float32", "ctranslate2-int8": "int8"}
+"""The project's method with CTranslate2, by the dtype that it computes in: only to serve."""
 PHASES = ("convert", "serve")
 
 # The share of this machine's memory that a measured process may take: beyond it, the figures would be those
@@ -88,7 +90,7 @@ def measure_model(
 
     Args:
         model_name: see `helpers.models.load_config`.
-        methods: `sample`, `project` or both.
+        methods: of `METHODS` and `ENGINE_METHODS`.
         phases: the rows wanted: `convert`, `serve` or both. Serving converts first, because it needs the
             file.
         batch_size, prompt_tokens, response_tokens: the size of the batch that is served.
@@ -103,8 +105,7 @@ def measure_model(
     workload = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
     dtypes = {"sample": "float16", "project": _serving_dtype()}
     sizings = {
-        method: sizes.size_model(model_name, method=method, dtype=dtypes[method], **workload)
-        for method in methods
+        method: sizes.size_model(model_name, **_sizing_of(method, dtypes), **workload) for method in methods
     }
     _check_memory(model_name, sizings.values())
     measurements = []
@@ -112,20 +113,37 @@ def measure_model(
         checkpoint = write_random_checkpoint(load_config(model_name), Path(temporary) / "checkpoint")
         for method in methods:
             state_dict = Path(temporary) / f"{method}.pt"
+            engine_dtype = ENGINE_METHODS.get(method)
             settings = workload | {
                 "checkpoint": str(checkpoint),
                 "state_dict": str(state_dict),
-                "dtype": dtypes[method],
+                "dtype": engine_dtype or dtypes[method],
+                "stored": "float16" if engine_dtype else dtypes[method],
+                "engine_file": str(Path(temporary) / "engine"),
             }
-            for phase in PHASES if "serve" in phases else ("convert",):
-                arguments = [f"{phase}_{method}", json.dumps(settings)]
-                peak, output = run_and_measure("helpers.measuring.memory_workloads", arguments, timeout)
-                if phase in phases:
-                    measurements.append(
-                        _compare(sizings[method], phase, peak, json.loads(output.splitlines()[-1]))
-                    )
+            runs = {"convert": f"convert_{method}", "serve": f"serve_{method}"}
+            if engine_dtype:
+                runs = {
+                    "convert": "convert_project",
+                    "make": "make_ctranslate2",
+                    "serve": "serve_ctranslate2",
+                }
+            wanted = [one for one in phases if one == "serve" or not engine_dtype]
+            for phase, run in runs.items() if "serve" in phases else [("convert", runs["convert"])]:
+                peak, output = run_and_measure(
+                    "helpers.measuring.memory_workloads", [run, json.dumps(settings)], timeout
+                )
+                if phase in wanted:
+                    found = _compare(sizings[method], phase, peak, json.loads(output.splitlines()[-1]))
+                    measurements.append(replace(found, method=method))
             state_dict.unlink()
     return measurements
+
+
+def _sizing_of(method: str, dtypes: dict[str, str]) -> dict[str, str]:
+    if method in ENGINE_METHODS:
+        return {"engine": "ctranslate2", "compute_dtype": ENGINE_METHODS[method]}
+    return {"method": method, "dtype": dtypes[method]}
 
 
 def measure_models(model_names: Sequence[str], **options: Any) -> list[Measurement]:

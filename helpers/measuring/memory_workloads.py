@@ -23,7 +23,7 @@ def convert_project(settings: dict[str, Any]) -> Callable[[], None]:
     _import_transformers()  # before the work starts, so that its pages count as library pages
 
     return lambda: convert(
-        settings["checkpoint"], settings["state_dict"], dtype=settings["dtype"], progress=False
+        settings["checkpoint"], settings["state_dict"], dtype=settings["stored"], progress=False
     )
 
 
@@ -50,6 +50,47 @@ def serve_project(settings: dict[str, Any]) -> Callable[[], None]:
     return work
 
 
+def make_ctranslate2(settings: dict[str, Any]) -> Callable[[], None]:
+    """Makes CTranslate2's file from a state dict."""
+    _import_worker()
+    from helpers.load_state_dict.engine_file import make
+
+    path = Path(settings["state_dict"])
+    return lambda: make(path, path.with_suffix(""), "", settings["engine_file"], settings["dtype"])
+
+
+def serve_ctranslate2(settings: dict[str, Any]) -> Callable[[], None]:
+    """Loads CTranslate2's file as the handler does, and answers a batch."""
+    _import_worker()
+    import torch
+
+    from helpers.load_state_dict.engine_file.description import DESCRIPTION, parse
+    from helpers.load_state_dict.mapped_model import read_generation_config
+    from helpers.model_handler import AnsweringOptions
+    from helpers.model_handler.engines.ctranslate2_engine import CTranslate2Engine
+    from helpers.models.architecture import architecture_of, read_config
+
+    folder, companions = Path(settings["engine_file"]), Path(settings["state_dict"]).with_suffix("")
+
+    def work() -> None:
+        config = architecture_of(read_config(companions)).config
+        generation_config = read_generation_config(companions, config)
+        generation_config.min_new_tokens = settings["response_tokens"]
+        engine = CTranslate2Engine(
+            folder,
+            parse((folder / DESCRIPTION).read_bytes(), folder),
+            config,
+            generation_config,
+            torch.get_num_threads(),
+            lambda: None,
+        )
+        shape = settings["batch_size"], settings["prompt_tokens"]
+        tokens = torch.linspace(3, config.vocab_size - 1, shape[0] * shape[1]).long().reshape(shape)
+        engine.generate(tokens.tolist(), AnsweringOptions(max_response_tokens=settings["response_tokens"]))
+
+    return work
+
+
 def serve_sample(settings: dict[str, Any]) -> Callable[[], None]:
     """Loads with Beam's own handler, as the published sample does, and answers a batch."""
     _import_worker()
@@ -64,6 +105,8 @@ WORKLOADS = {
     "convert_sample": convert_sample,
     "serve_project": serve_project,
     "serve_sample": serve_sample,
+    "make_ctranslate2": make_ctranslate2,
+    "serve_ctranslate2": serve_ctranslate2,
 }
 
 

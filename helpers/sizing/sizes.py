@@ -29,6 +29,12 @@ from helpers.sizing.model_memory import (
 
 METHODS = ("project", "sample")
 
+ENGINES = {"torch": tuple(DTYPE_BYTES), "ctranslate2": ("float32", "bfloat16", "int8")}
+"""What the project serves with, and the dtypes that each computes in."""
+
+COMPUTE_BYTES = DTYPE_BYTES | {"int8": 1}
+"""Bytes of a weight in memory, by the dtype to compute in."""
+
 # The workload that is sized unless another is given. Prompts of 512 tokens are what flan-t5 was made for.
 BATCH_SIZE = 1
 PROMPT_TOKENS = 512
@@ -94,8 +100,9 @@ class Sizing:
         parameters: how many the published checkpoint has, counting shared ones once.
         weights_bytes: the size of the weights in each dtype.
         dtype: the state dict's dtype.
-        compute_dtype: the dtype in memory while serving: float32 where the machines have no half-precision
-            arithmetic.
+        compute_dtype: the dtype of the weights in memory while serving: float32 where the machines have no
+            half-precision arithmetic, unless another was asked for.
+        engine: what serves; see `ENGINES`.
         cost_per_hour: what one serving machine costs, in the currency of the price given; None without a
             price.
     """
@@ -113,6 +120,7 @@ class Sizing:
     convert: Phase
     serve: Phase
     cost_per_hour: float | None = None
+    engine: str = "torch"
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `--json`, as plain values."""
@@ -124,6 +132,7 @@ class Sizing:
             "serve": _phase_json(self.serve),
             "method": self.method,
             "dtype": self.dtype,
+            "engine": self.engine,
             "compute_dtype": self.compute_dtype,
             "batch_size": self.batch_size,
             "prompt_tokens": self.prompt_tokens,
@@ -146,6 +155,8 @@ def size_model(
     convert_family: str | None = None,
     headroom: float | None = None,
     price_per_hour: float | Mapping[str, float] | None = None,
+    engine: str = "torch",
+    compute_dtype: str | None = None,
 ) -> Sizing:
     """Sizes a model from its config: no weights are downloaded, and for the bundled configs nothing at all.
 
@@ -156,11 +167,15 @@ def size_model(
         batch_size: prompts generated together.
         prompt_tokens: the length of the longest prompt.
         response_tokens: the most tokens to generate per prompt.
-        processes: workers on the machine. They share mapped weights; all else is counted once per process.
+        processes: workers on the machine. They share weights that torch maps; all else is counted once per
+            process.
         family: the machine family to serve on, which may be a GPU family; by default `FAMILIES`.
         convert_family: the machine family to convert on.
         headroom: share of the machine's memory left free; `HEADROOM` by default.
         price_per_hour: the serving machine's price, or prices by machine type.
+        engine: what serves, with the project's method: `torch` or `ctranslate2`.
+        compute_dtype: what it computes in; by default what machines of the family are fast in, and float32
+            with CTranslate2.
 
     Raises:
         ModelError: no such model.
@@ -181,8 +196,13 @@ def size_model(
     machine = machine_types.smallest(memory, family=convert_family or default_convert, headroom=headroom)
     convert = Phase(memory, parts, peak, machine, disk_gb)
 
-    compute_dtype = "float32" if method == "sample" else compute_dtype_on(family, dtype)
-    workload = (batch_size, prompt_tokens, response_tokens, compute_dtype)
+    compute_dtype = compute_dtype or ("float32" if engine != "torch" else compute_dtype_on(family, dtype))
+    if method == "sample":
+        engine, compute_dtype = "torch", "float32"
+    _check_engine(engine, compute_dtype, family)
+    # Where weights are 8-bit integers, all else is float32.
+    numbers = "float32" if compute_dtype == "int8" else compute_dtype
+    workload = (batch_size, prompt_tokens, response_tokens, numbers)
     cache, activations = kv_cache_bytes(config, *workload), activation_bytes(config, *workload)
     if method == "sample":
         weights = count.checkpoint * 4
@@ -190,13 +210,14 @@ def size_model(
         peak = processes * (WORKER_BYTES + max(loading, count.built * 4 + cache + activations))
         serve = Phase(weights, {"weights": weights}, peak, _machine(weights, family, headroom, processes))
     else:
-        weights = count.checkpoint * dtype_bytes(compute_dtype)
+        weights = count.checkpoint * COMPUTE_BYTES[compute_dtype]
         each = {"KV cache": cache, "activations": activations}
         if family in machine_types.GPU_FAMILIES:
             parts = {"weights": processes * weights}  # processes do not share GPU memory
             each["CUDA context"] = CUDA_CONTEXT_BYTES
         else:
-            parts = {"weights": weights}
+            # Torch maps the weights from a file, which processes share; CTranslate2 reads them.
+            parts = {"weights": weights if engine == "torch" else processes * weights}
             each["Python worker"] = WORKER_BYTES
         parts |= {name: processes * size for name, size in each.items()}
         memory = sum(parts.values())
@@ -216,6 +237,7 @@ def size_model(
         convert=convert,
         serve=serve,
         cost_per_hour=_price(price_per_hour, serve.machine),
+        engine=engine,
     )
 
 
@@ -258,6 +280,17 @@ def _published_bytes(config) -> int:
     """Bytes per number in the published checkpoint; float32 where the config does not say."""
     name = dtype_name(getattr(config, "dtype", None) or "float32")
     return DTYPE_BYTES.get(name, 4)
+
+
+def _check_engine(engine: str, compute_dtype: str, family: str) -> None:
+    if engine not in ENGINES:
+        raise SizingError(f"Unknown engine {engine!r}: choose one of {', '.join(ENGINES)}.")
+    if compute_dtype not in ENGINES[engine]:
+        raise SizingError(
+            f"{engine} does not compute in {compute_dtype!r}: use {', '.join(ENGINES[engine])}."
+        )
+    if engine != "torch" and family in machine_types.GPU_FAMILIES:
+        raise SizingError(f"{engine} serves on CPUs only here: choose another family than {family}.")
 
 
 def _check_workload(method: str, *counts: int) -> None:

@@ -42,7 +42,7 @@ class Choice:
 
     def instead(self) -> Choice:
         """Torch in this one's place."""
-        dtype, reason = choose_dtype(self.device, self.dtype)
+        dtype, reason = choose_dtype(self.device, "float32" if self.dtype == "int8" else self.dtype)
         return Choice("torch", self.device, dtype_name(dtype), reason)
 
 
