@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: install run test test-all check badges bench lint format notebooks pictures lab clean help
+.PHONY: install run test test-all check badges bench bench-engines lint format notebooks pictures lab clean help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,8 +30,13 @@ test: $(INSTALLED) ## the tests
 test-all: $(INSTALLED) ## the tests, those that take minutes too
 	$(PY) -m pytest
 
-bench: $(INSTALLED) ## measure side by side, into out/bench.json
+bench: $(INSTALLED) ## measure side by side, into out/bench.json and out/engines: PEERS=--peers for others too
 	$(PY) tools/bench.py --out out/bench.json
+	$(PY) tools/bench_engines.py --out out/engines $(PEERS)
+
+bench-engines: $(INSTALLED) ## measure the engines, into docs/engines and its page
+	$(PY) tools/bench_engines.py $(PEERS)
+	$(PY) tools/engine_tables.py
 
 check: $(INSTALLED) ## check what a reader sees: notebooks, pages, links, badges, spelling, style
 	$(PY) tools/check.py

@@ -325,11 +325,13 @@ def test_the_transformers_model_is_there_for_those_who_ask(state_dict, tmp_path)
     [
         ({"engine": "torch", "dtype": "int8"}, "torch does not compute in int8"),
         ({"dtype": "float16"}, "ctranslate2 does not compute in float16"),
+        ({"dtype": "bfloat16"}, "does not compute in bfloat16 on this CPU"),
         ({"device": "cuda"}, "GPU"),
     ],
 )
 def test_what_does_not_go_together_is_refused(source, message, state_dict, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("ctranslate2.get_supported_compute_types", lambda device: {"float32"})
     with pytest.raises(LoadError, match=message):
         load(state_dict, tmp_path / "cache", **source)
 

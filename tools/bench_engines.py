@@ -4,9 +4,9 @@
 
 Each contestant is a process of its own (`tools/contestants/`), and they take turns, so that other load on the
 machine affects all alike. Figures are medians of the rounds. The result is one JSON file for each kind of
-CPU, from which `--page` writes the tables of docs/engines.md. With --peers, llama.cpp and OpenVINO take part:
-each is installed into an environment of its own under out/peers, where llama.cpp is compiled, which takes
-some six minutes.
+CPU, from which `tools/engine_tables.py` writes the tables of docs/engines.md. With --peers, llama.cpp and
+OpenVINO take part: each is installed into an environment of its own under out/peers, where llama.cpp is
+compiled, which takes some six minutes.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CONTESTANTS = Path(__file__).with_name("contestants")
 RESULTS = ROOT / "docs" / "engines"
-PAGE = ROOT / "docs" / "engines.md"
 PEERS = ROOT / "out" / "peers"
 THREADS = torch.get_num_threads()
 ROUNDS = 3

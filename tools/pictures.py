@@ -64,7 +64,7 @@ def main() -> None:
     parts["latency"].set_title("Notebook 04: fifty more at once", loc="left", fontsize=11)
     parts["rates"].imshow(plot("03", "plots.grouped_bars("))
     parts["rates"].set_title(
-        "Notebook 03: what batches and half precision are worth", loc="left", fontsize=11
+        "Notebook 03: what batches, dtypes and engines are worth", loc="left", fontsize=11
     )
     for part in parts.values():
         part.axis("off")

@@ -162,7 +162,10 @@ class AnsweringOptions:
         within=SECONDS,
     )
     torch_threads: int | None = option(
-        None, "The threads of torch in this process. By default one for each core.", metavar="N", within=COUNT
+        None,
+        "The threads that compute in this process. By default one for each core.",
+        metavar="N",
+        within=COUNT,
     )
     recompute: bool = option(
         False,

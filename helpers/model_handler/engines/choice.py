@@ -16,6 +16,7 @@ import torch
 from helpers.load_state_dict.engine_file import ENGINE_DTYPES
 from helpers.load_state_dict.engine_file.description import engine_version
 from helpers.load_state_dict.mapped_model import LoadError
+from helpers.model_handler.engines.ctranslate2_engine import computes_in
 from helpers.model_handler.hardware import choose_device, choose_dtype
 from helpers.models.dtypes import DTYPES, dtype_name
 
@@ -69,6 +70,8 @@ def choose(
             raise LoadError(f"{'int8' if dtype == 'int8' else 'ctranslate2'} was asked for, but {why_open}")
         if dtype not in ("auto", *ENGINE_DTYPES):
             raise LoadError(f"ctranslate2 does not compute in {dtype} here: use {', '.join(ENGINE_DTYPES)}.")
+        if dtype != "auto" and not computes_in(dtype):  # before its file is made
+            raise LoadError(f"ctranslate2 does not compute in {dtype} on this CPU: use float32 or int8.")
         return Choice("ctranslate2", place, "float32" if dtype == "auto" else dtype, "asked for", True)
     if dtype not in ("auto", *DTYPES):
         raise LoadError(f"dtype {dtype!r} is not supported: use auto, {', '.join(DTYPES)}, int8.")

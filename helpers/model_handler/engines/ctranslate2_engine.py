@@ -78,7 +78,7 @@ class CTranslate2Engine:
 
     Raises:
         DisagreementError: what it computes is not what transformers does.
-        LoadError: it cannot read the file, compute in its dtype, or take the publisher's settings.
+        LoadError: it cannot read the file, or take the publisher's settings.
     """
 
     name = "ctranslate2"
@@ -106,8 +106,6 @@ class CTranslate2Engine:
                 f"ctranslate2 does not honour the publisher's {', '.join(others)} as transformers does: use "
                 "engine torch."
             )
-        if COMPUTE_TYPES[file.dtype] not in ctranslate2.get_supported_compute_types("cpu"):
-            raise LoadError(f"ctranslate2 does not compute in {file.dtype} on this CPU: use float32 or int8.")
         if not as_set(generation_config.eos_token_id):
             raise LoadError(
                 "ctranslate2 needs a token that ends responses, and the model has none: use engine torch."
@@ -213,6 +211,13 @@ class CTranslate2Engine:
         theirs = torch.tensor(sample.log_probabilities)
         deviation = max(float(theirs.std()), LEAST_DEVIATION)
         return float((torch.tensor(ours) - theirs).abs().mean()) / deviation
+
+
+def computes_in(dtype: str) -> bool:
+    """Whether CTranslate2 computes in a dtype on this CPU."""
+    import ctranslate2
+
+    return COMPUTE_TYPES[dtype] in ctranslate2.get_supported_compute_types("cpu")
 
 
 def why_not(options: AnsweringOptions) -> str:
