@@ -349,8 +349,9 @@ def test_a_seed_leaves_the_choice_to_torch(state_dict, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     options = {"cache_dir": str(tmp_path / "cache"), "temperature": 1.0, "seed": 3}
     assert LanguageModelHandler(state_dict, **options).load_model().engine.name == "torch"
-    with pytest.raises(LoadError, match="cannot repeat"):
-        LanguageModelHandler(state_dict, engine="ctranslate2", **options).load_model()
+    for asked in ({"engine": "ctranslate2"}, {"dtype": "int8"}):
+        with pytest.raises(ValueError, match="cannot repeat"):
+            LanguageModelHandler(state_dict, **options | asked)
 
 
 def test_matrices_are_joined_only_when_they_are_written():

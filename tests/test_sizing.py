@@ -76,7 +76,8 @@ def test_processes_share_weights_that_torch_maps_and_no_others():
     ("settings", "message"),
     [
         ({"engine": "abacus"}, "Unknown engine"),
-        ({"compute_dtype": "int8"}, "torch does not compute in 'int8'"),
+        ({"engine": "torch", "compute_dtype": "int8"}, "torch does not compute in 'int8'"),
+        ({"method": "sample", "engine": "ctranslate2"}, "knows no engines"),
         ({"engine": "ctranslate2", "compute_dtype": "float16"}, "does not compute in 'float16'"),
         ({"engine": "ctranslate2", "family": "g2"}, "on CPUs only"),
     ],

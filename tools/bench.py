@@ -29,20 +29,51 @@ MEASURED = ("load_seconds", "tokens_per_second", "peak_bytes", "rest_bytes")
 
 
 def load_stock(state_dict_path: str, cache: str):
-    """Beam's handler, as the published sample configures it: a function that loads the model."""
+    """Beam's handler, as the published sample configures it: a function that loads the model, and returns how
+    it answers a prompt of token ids, and what it computes in."""
+    import torch
+
     from helpers.measuring.published_sample import handler
 
-    return handler(state_dict_path, Path(state_dict_path).with_suffix("")).load_model
+    stock = handler(state_dict_path, Path(state_dict_path).with_suffix(""))
+
+    def load():
+        model = stock.load_model()
+
+        def answer(tokens: list[int]) -> None:
+            with torch.inference_mode():
+                model.generate(
+                    torch.tensor([tokens]),
+                    min_new_tokens=RESPONSE_TOKENS,
+                    max_new_tokens=RESPONSE_TOKENS,
+                    do_sample=False,
+                )
+
+        return answer, f"torch, {dtype_name(model.dtype)}"
+
+    return load
 
 
 def load_ours(state_dict_path: str, cache: str):
-    """This project's handler: a function that loads the model."""
+    """This project's handler: as `load_stock`."""
     import transformers.models.t5.modeling_t5  # noqa: F401 - the stock handler's side has it imported too
 
-    from helpers.model_handler import LanguageModelHandler
+    from helpers.model_handler import AnsweringOptions, LanguageModelHandler
 
     handler = LanguageModelHandler(state_dict_path, cache_dir=cache)
-    return lambda: handler.load_model().model
+    options = AnsweringOptions(max_response_tokens=RESPONSE_TOKENS)
+
+    def load():
+        engine = handler.load_model().engine
+
+        def answer(tokens: list[int]) -> None:
+            [response] = engine.generate([tokens], options)
+            if len(response) != RESPONSE_TOKENS:  # random weights hardly ever say that they have ended
+                raise RuntimeError(f"a response of {len(response)} tokens has no rate to compare")
+
+        return answer, f"{engine.name}, {engine.dtype}"
+
+    return load
 
 
 def serve(which: str, state_dict_path: str, cache: str) -> None:
@@ -55,22 +86,22 @@ def serve(which: str, state_dict_path: str, cache: str) -> None:
     transformers.utils.logging.disable_progress_bar()
     load = {"stock": load_stock, "ours": load_ours}[which](state_dict_path, cache)
     started = time.perf_counter()
-    model = load()
+    answer, computed_by = load()
     loaded = time.perf_counter() - started
-    tokens = torch.linspace(3, 32_000, PROMPT_TOKENS).long().reshape(1, -1)
+    tokens = torch.linspace(3, 32_000, PROMPT_TOKENS).long().tolist()
 
-    def answer() -> float:
+    def rate() -> float:
         begun = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                tokens, min_new_tokens=RESPONSE_TOKENS, max_new_tokens=RESPONSE_TOKENS, do_sample=False
-            )
+        answer(tokens)
         return RESPONSE_TOKENS / (time.perf_counter() - begun)
 
-    answer()  # the first one prepares kernels and reads the weights
-    rate = statistics.median(answer() for _ in range(5))
-    dtype = dtype_name(model.dtype)
-    print(json.dumps({"load_seconds": loaded, "tokens_per_second": rate, "dtype": dtype}), flush=True)
+    rate()  # the first one prepares kernels and reads the weights
+    report = {
+        "load_seconds": loaded,
+        "tokens_per_second": statistics.median(rate() for _ in range(5)),
+        "computed_by": computed_by,
+    }
+    print(json.dumps(report), flush=True)
     sys.stdin.read()
 
 
@@ -128,8 +159,8 @@ def bench_serving(model_name: str, folder: Path) -> dict:
     return {
         "model_name": model_name,
         "rounds": ROUNDS,
-        "stock": stock | {"dtype": rounds["stock"][0]["dtype"]},
-        "ours": ours | {"dtype": rounds["ours"][0]["dtype"]},
+        "stock": stock | {"computed_by": rounds["stock"][0]["computed_by"]},
+        "ours": ours | {"computed_by": rounds["ours"][0]["computed_by"]},
         "ours_first_on_a_machine_load_seconds": first["load_seconds"],
         "two_of_ours_rest_bytes": two,
         "load_ratio": stock["load_seconds"] / ours["load_seconds"],
@@ -185,7 +216,7 @@ def bench_batches(prompts: int, folder: Path) -> dict:
     convert(DEFAULT_MODEL, path, progress=False)
     asked, answering = mixed_prompts(prompts), {"max_response_tokens": 32}
 
-    alone, _ = ModelSource(path, dtype="float32", cache_dir=cache).load()
+    alone, _ = ModelSource(path, engine="torch", dtype="float32", cache_dir=cache).load()
     options = answering | {"max_batch_size": 64, "cache_dir": cache}
     one, many = AnsweringOptions(**answering, max_batch_size=1), AnsweringOptions(**options)
     # With the options of AskModel's handler, which will find it loaded in this process.
@@ -210,7 +241,7 @@ def bench_batches(prompts: int, folder: Path) -> dict:
         "rounds": ROUNDS,
         "one_at_a_time_float32_tokens_per_second": one_by_one,
         "batched_tokens_per_second": together,
-        "batched_dtype": dtype_name(batched.model.dtype),
+        "batched_by": f"{batched.engine.name}, {batched.engine.dtype}",
         "rate_ratio": together / one_by_one,
         "pipeline_seconds": pipeline_seconds,
         "generate_seconds": generate_seconds,

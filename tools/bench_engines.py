@@ -3,7 +3,7 @@
     python tools/bench_engines.py [--peers] [--hold-avx2] [--only causal t5 prefix] [--out FOLDER]
 
 Each contestant is a process of its own (`tools/contestants/`), and they take turns, so that other load on the
-machine affects all alike. Figures are medians of the rounds. The result is one JSON file for each kind of
+machine affects all alike. Figures are medians of three rounds, and of 200 prompts a single one. The result is one JSON file for each kind of
 CPU, from which `tools/engine_tables.py` writes the tables of docs/engines.md. With --peers, llama.cpp and
 OpenVINO take part: each is installed into an environment of its own under out/peers, where llama.cpp is
 compiled, which takes some six minutes.
@@ -167,13 +167,21 @@ def race(commands: dict[str, list], workloads: dict[str, list], new_tokens: int,
     return results
 
 
-def ours(state_dict: Path, cache: Path, held: bool, *more: str) -> dict[str, list]:
-    """This project's contestants: those that the kind of CPU allows, the float32 of torch first."""
+def ours(state_dict: Path, cache: Path, held: bool, *more: str, name_more: bool = False) -> dict[str, list]:
+    """This project's contestants: those that the kind of CPU allows, the float32 of torch first.
+
+    Args:
+        state_dict: the state dict's path.
+        cache: the folder for copies.
+        held: whether libraries are held to AVX2.
+        more: further arguments of `ours.py`.
+        name_more: whether these are part of the contestants' names.
+    """
     pairs = [("torch", "float32"), ("ctranslate2", "float32"), ("ctranslate2", "int8")]
     if torch.cpu.get_capabilities().get("avx512_bf16") and not held:
         pairs.insert(1, ("torch", "bfloat16"))
     return {
-        " ".join(("this project,", *pair, *more)): [
+        " ".join(("this project,", *pair, *(more if name_more else ()))): [
             sys.executable, "ours.py", state_dict, *pair, cache, *more,
         ]
         for pair in pairs
@@ -200,14 +208,15 @@ def causal(work: Path, peers: bool, held: bool) -> dict:
     model, _ = ModelSource(str(path), engine="torch", dtype="float32", cache_dir=str(cache)).load()
     prompts = [model.encode(prompt) for prompt in mixed_prompts(200)]
     ends = sorted(as_set(model.engine.generation_config.eos_token_id))
-    commands = ours(path, cache, held)
+    # As for the others, nothing is kept from one round to the next.
+    commands = ours(path, cache, held, "recompute")
     native = torch.cpu.get_capabilities().get("avx512_bf16") and not held
     checkpoint = resolve(DEFAULT_MODEL)
     for dtype in ("float32", *(["bfloat16"] if native else [])):
         commands[f"transformers alone, {dtype}"] = [
             sys.executable, "plain_transformers.py", checkpoint, dtype,
         ]  # fmt: skip
-    folder = engine_folder(path, cache, "float32")
+    folder = engine_folder(path, cache)
     commands["CTranslate2 alone, float32"] = [
         sys.executable,
         "plain_ctranslate2.py",
@@ -228,7 +237,7 @@ def causal(work: Path, peers: bool, held: bool) -> dict:
                 work / "model.gguf",
                 dtype,
             ]
-    workloads = {"one": prompts[5:6], "32": prompts[:32], "200": prompts}
+    workloads = {"one": prompts[5:6], "32": prompts[:32]} | ({} if held else {"200": prompts})
     return race(commands, workloads, NEW_TOKENS["causal"], held)
 
 
@@ -249,7 +258,7 @@ def t5(work: Path, peers: bool, held: bool) -> dict:
     commands["transformers alone, float32"] = [
         sys.executable, "plain_transformers.py", checkpoint, "float32",
     ]  # fmt: skip
-    folder = engine_folder(path, cache, "float32")
+    folder = engine_folder(path, cache)
     commands["CTranslate2 alone, float32"] = [sys.executable, "plain_ctranslate2.py", folder, "float32", 1]
     return race(commands, {"one": prompts[5:6], "32": prompts}, NEW_TOKENS["t5"], held)
 
@@ -272,16 +281,19 @@ def prefix(work: Path, peers: bool, held: bool) -> dict:
     prompts = [model.encode(prompt) for prompt in mixed_prompts(32)]
     shared = len(os.path.commonprefix(prompts))  # noqa: RUF071 - of lists, not of paths
     print(f"{shared} tokens are the same in all prompts", file=sys.stderr)
-    commands = ours(path, cache, held) | ours(path, cache, held, "recompute")
-    found = race(commands, {"one": prompts[5:6], "32": prompts}, NEW_TOKENS["causal"], held)
+    commands = ours(path, cache, held) | ours(path, cache, held, "recompute", name_more=True)
+    engine_folder(path, cache)
+    workloads = {"one": prompts[5:6], "32": prompts, "32 of 8 kinds": prompts[:8] * 4}
+    found = race(commands, workloads, NEW_TOKENS["causal"], held)
     return {name: values | {"prefix_tokens": shared} for name, values in found.items()}
 
 
-def engine_folder(path: Path, cache: Path, dtype: str) -> Path:
-    """The engine's file that this project makes, for CTranslate2 used alone."""
+def engine_folder(path: Path, cache: Path) -> Path:
+    """Makes the engine's files, so that no contestant does; returns the one for float32."""
     from helpers.model_handler.local_engine_file import fetch_engine_file
 
-    return fetch_engine_file(str(path), dtype, cache).folder
+    folders = [fetch_engine_file(str(path), dtype, cache).folder for dtype in ("int8", "float32")]
+    return folders[-1]
 
 
 def environment(peer: str) -> Path:

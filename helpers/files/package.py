@@ -49,7 +49,12 @@ def build_wheel(folder: str | Path, extras: Iterable[str] = ()) -> Path:
     if not metadata:
         raise RuntimeError(f"The installation of {DISTRIBUTION} is damaged: install it again.")
     for extra in extras:
-        metadata = re.sub(rf"""; extra == ["']{extra}["']$""", "", metadata, flags=re.MULTILINE)
+        metadata, found = re.subn(rf"""; extra == ["']{extra}["']$""", "", metadata, flags=re.MULTILINE)
+        if not found:
+            raise RuntimeError(
+                f"The installation of {DISTRIBUTION} is older than its code, and lacks {extra}: run "
+                "`pip install --no-deps -e .` in the repository's folder."
+            )
     source = Path(__file__).parents[1]
     stem = f"{DISTRIBUTION.replace('-', '_')}-{distribution.version}"
     path = Path(folder) / f"{stem}-py3-none-any.whl"

@@ -74,7 +74,8 @@ def whole_or_absent(path: str | os.PathLike, wait_seconds: float = 0) -> Iterato
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder that appears at `path` with all that the block writes into it, or not at all.
 
-    Who writes the same folder takes turns by other means. What an interrupted writer has left is deleted.
+    Two writers of the same folder must be kept apart by a lock of their own. What an interrupted writer has
+    left is deleted.
 
     Args:
         path: the folder, which replaces one that is there. The folder above it is created.

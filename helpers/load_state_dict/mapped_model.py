@@ -56,6 +56,7 @@ def load_model(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer from a state dict on this machine and its companion folder.
 
@@ -67,6 +68,8 @@ def load_model(
         folder: the folder with config.json, generation_config.json and the tokenizer's files.
         device: where to compute; None means the CPU.
         dtype: the dtype to compute in; None means the file's own.
+        as_stored: whether every weight stays mapped, those too that transformers would widen to float32 to
+            compute in float16.
 
     Raises:
         LoadError: the keys or shapes of the state dict are not the model's, or the file is damaged.
@@ -87,7 +90,8 @@ def load_model(
     # both tensors into one, and reports success.
     try:
         with _quietly():
-            model, keys = architecture.model_class.from_pretrained(
+            model_class = _as_stored(architecture.model_class) if as_stored else architecture.model_class
+            model, keys = model_class.from_pretrained(
                 None, config=architecture.config, state_dict=state_dict, dtype=dtype, output_loading_info=True
             )
     except RuntimeError as error:
@@ -98,6 +102,11 @@ def load_model(
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = read_generation_config(folder, architecture.config)
     return model.to(device or "cpu"), read_tokenizer(folder)
+
+
+def _as_stored(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class, without its wish for some weights in float32."""
+    return type(model_class.__name__, (model_class,), {"_get_dtype_plan": lambda self, dtype: {}})
 
 
 def read_generation_config(folder: str | Path, config: PretrainedConfig) -> GenerationConfig:

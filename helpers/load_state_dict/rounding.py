@@ -89,7 +89,7 @@ def _round(
         _check_range(exact, dtype, name, may_be_infinite)
         return result
     wide = exact if exact.dtype == torch.float64 else exact.float()
-    error = result.to(wide.dtype).sub_(wide).div_(wide)
+    error = result.to(wide.dtype, copy=True).sub_(wide).div_(wide)
     lowest, highest = (value.item() for value in error.aminmax())
     # Usually there is nothing more to check. A number that became zero has an error of -1, one that
     # overflowed an error of infinity; one that was zero, or not a number, gives NaN.

@@ -81,7 +81,7 @@ class LanguageModel:
             raise OtherModelError("the new state dict's tokenizer has another vocabulary")
         with self._turn:
             self.engine, self.tokenizer, self._encoder = other.engine, other.tokenizer, other._encoder
-            self.model_name = other.model_name
+            self.model_name, self._company = other.model_name, other._company
 
     def check(self, options: AnsweringOptions) -> None:
         """Checks that the model can answer with these options at all.
@@ -143,7 +143,7 @@ class LanguageModel:
             log.warning("It could not be established what answers depend on: %s", _describe(error))
             found = Company.NONE
         if found is not Company.ANY:
-            name = type(self.model).__name__
+            name = self.engine.config.model_type
             log.warning("Answers of %s depend on the prompts in a batch, so %s", name, found.value)
         self._company = found
         return found

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
@@ -27,6 +28,13 @@ from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.local_state_dict import LOCK_SECONDS, fetch, fetch_companions, folder_of
 
 log = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+"""How often a file is made anew from a state dict that is replaced meanwhile."""
+
+
+class ReplacedError(LoadError):
+    """The state dict was replaced while its engine's file was made."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +81,30 @@ def fetch_engine_file(
         CacheError, CompanionError, LoadError: as `fetch`.
         OSError: not enough disk space.
     """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _fetch_engine_file(state_dict_path, dtype, cache_dir)
+        except ReplacedError:
+            if attempt == ATTEMPTS:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _fetch_engine_file(state_dict_path: str, dtype: str, cache_dir: str | Path | None) -> LocalEngineFile:
     manifest = read_manifest(state_dict_path)
     cache = private_folder(folder_of(state_dict_path, manifest.crc32c, cache_dir))
     companions = cache / f"model-{manifest.version}"
     # The version of the engine is in the name: another one may be installed the next time.
     target = cache / f"{ENGINE}-{engine_version()}-{dtype}-{manifest.version}"
+    # The converters read transformers' configs, so that another version of it may change their minds.
+    refusal = target.with_name(f"{target.name}.transformers-{version('transformers')}.refused")
     with FileLock(cache / "engine.lock", timeout=LOCK_SECONDS):
         with FileLock(cache / "lock", timeout=LOCK_SECONDS):
             fetch_companions(state_dict_path, manifest, companions)
         if reason := why_not(companions):
             raise EngineError(reason)
-        refusal = target.with_name(f"{target.name}.refused")
         if refusal.is_file():
-            raise EngineError(refusal.read_text())
+            raise EngineError(f"{refusal.read_text()} (Found out earlier, and noted in {refusal}.)")
         if found := _whole(target, manifest):
             return LocalEngineFile(target, found, companions, manifest, refusal)
         if beside := _beside(state_dict_path, manifest, dtype):
@@ -99,16 +118,18 @@ def fetch_engine_file(
         log.info("Making the file of %s in %s, once on this machine", ENGINE, dtype)
         local = fetch(state_dict_path, None, cache_dir)
         if local.manifest.version != manifest.version:
-            raise LoadError(f"{state_dict_path} was replaced while it was being read: try again.")
+            raise ReplacedError(f"{state_dict_path} was replaced while it was being read: try again.")
         try:
             made = make(local.file, local.folder, manifest.version, target, dtype)
         except EngineError as error:
             refusal.write_text(str(error))
             raise
         if not local.is_there():
-            raise LoadError(f"{state_dict_path} was replaced while it was being read: try again.")
-        if storage.is_cloud(state_dict_path):
-            local.file.unlink(missing_ok=True)  # the disk of a worker is paid for
+            shutil.rmtree(target, ignore_errors=True)  # it may be of what took its place
+            raise ReplacedError(f"{state_dict_path} was replaced while it was being read: try again.")
+        if storage.is_cloud(state_dict_path):  # the disk of a worker is paid for
+            with FileLock(cache / "lock", timeout=LOCK_SECONDS):
+                local.file.unlink(missing_ok=True)
         return LocalEngineFile(target, made, companions, manifest, refusal)
 
 

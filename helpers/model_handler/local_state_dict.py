@@ -141,8 +141,8 @@ def drop_older_copies(state_dict_path: str, crc32c: str, cache_dir: str | Path |
         if folder != current:
             for file in folder.glob("*.pt"):
                 file.unlink(missing_ok=True)
-            for engine_file in folder.glob("*/engine.json"):
-                shutil.rmtree(engine_file.parent, ignore_errors=True)
+            for engine_file in folder.glob("ctranslate2-*/"):
+                shutil.rmtree(engine_file, ignore_errors=True)
 
 
 def folder_of(state_dict_path: str, crc32c: str, cache_dir: str | Path | None) -> Path:

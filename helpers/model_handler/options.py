@@ -186,6 +186,14 @@ class AnsweringOptions:
     def __post_init__(self) -> None:
         for one in fields(self):
             _check(one, getattr(self, one.name))
+        if self.engine == "torch" and self.dtype == "int8":
+            raise ValueError("engine torch does not compute in int8: leave the engine out, or the dtype.")
+        is_ctranslate2 = self.engine == "ctranslate2" or self.dtype == "int8"
+        if is_ctranslate2 and self.temperature > 0 and self.seed is not None:
+            raise ValueError(
+                "ctranslate2, which int8 needs, cannot repeat what it has sampled: leave the seed out, or "
+                "the engine and int8."
+            )
         if self.max_response_tokens >= self.max_batch_tokens:
             raise ValueError(
                 f"max_response_tokens is {self.max_response_tokens}, and a batch may have "

@@ -30,7 +30,7 @@ from helpers.models.architecture import architecture_of, read_config, read_token
 from helpers.models.dtypes import torch_dtype
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ModelSource:
         if choice.engine == "ctranslate2":
             try:
                 found = self._load_ctranslate2(choice)
-            except (EngineError, LoadError) as error:
+            except (EngineError, LoadError, MemoryError, OSError) as error:
                 if choice.is_asked_for:
                     raise
                 log.warning("Computing with torch: %s", error)
@@ -115,7 +115,7 @@ class ModelSource:
                 config,
                 held(settings),
                 torch.get_num_threads(),
-                lambda: self._load_torch(choice.instead())[0].model,
+                lambda: self._transformers_model(choice, local.manifest),
             )
         except DisagreementError as error:
             local.refuse(str(error))
@@ -123,6 +123,12 @@ class ModelSource:
         _tell_what_does_not_hold(settings)
         tokenizer = read_tokenizer(local.companions)
         return LanguageModel(engine, tokenizer, local.manifest.model_name), local.manifest
+
+    def _transformers_model(self, choice: Choice, manifest: Manifest) -> PreTrainedModel:
+        loaded, found = self._load_torch(choice.instead())
+        if found.version != manifest.version:
+            raise LoadError(f"{self.state_dict_path} was replaced since it was loaded: load it again.")
+        return loaded.model
 
 
 def _tell_what_does_not_hold(settings: GenerationConfig) -> None:

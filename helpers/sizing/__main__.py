@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a hub name or a folder")
     parser.add_argument("--method", choices=METHODS, help="default: project")
     parser.add_argument("--dtype", choices=DTYPES, help="of the state dict; default: float16")
-    parser.add_argument("--engine", choices=ENGINES, help="what serves; default: torch")
+    parser.add_argument(
+        "--engine", choices=ENGINES, help="what serves; default: torch, and ctranslate2 for int8"
+    )
     parser.add_argument(
         "--compute-dtype",
         choices=COMPUTE_BYTES,

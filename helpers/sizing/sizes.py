@@ -155,7 +155,7 @@ def size_model(
     convert_family: str | None = None,
     headroom: float | None = None,
     price_per_hour: float | Mapping[str, float] | None = None,
-    engine: str = "torch",
+    engine: str | None = None,
     compute_dtype: str | None = None,
 ) -> Sizing:
     """Sizes a model from its config: no weights are downloaded, and for the bundled configs nothing at all.
@@ -173,7 +173,8 @@ def size_model(
         convert_family: the machine family to convert on.
         headroom: share of the machine's memory left free; `HEADROOM` by default.
         price_per_hour: the serving machine's price, or prices by machine type.
-        engine: what serves, with the project's method: `torch` or `ctranslate2`.
+        engine: what serves, with the project's method: `torch` or `ctranslate2`; by default torch, unless it
+            is to compute in int8.
         compute_dtype: what it computes in; by default what machines of the family are fast in, and float32
             with CTranslate2.
 
@@ -196,9 +197,12 @@ def size_model(
     machine = machine_types.smallest(memory, family=convert_family or default_convert, headroom=headroom)
     convert = Phase(memory, parts, peak, machine, disk_gb)
 
-    compute_dtype = compute_dtype or ("float32" if engine != "torch" else compute_dtype_on(family, dtype))
-    if method == "sample":
-        engine, compute_dtype = "torch", "float32"
+    if method == "sample" and (engine or compute_dtype):
+        raise SizingError("The sample's method knows no engines: leave them out, or the method.")
+    engine = engine or ("ctranslate2" if compute_dtype == "int8" else "torch")
+    if method == "sample" or engine != "torch":
+        compute_dtype = compute_dtype or "float32"
+    compute_dtype = compute_dtype or compute_dtype_on(family, dtype)
     _check_engine(engine, compute_dtype, family)
     # Where weights are 8-bit integers, all else is float32.
     numbers = "float32" if compute_dtype == "int8" else compute_dtype

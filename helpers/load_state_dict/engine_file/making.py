@@ -1,4 +1,4 @@
-"""Makes an engine's file from a state dict, in memory that a larger model does not need more of."""
+"""Makes an engine's file from a state dict, weight by weight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import importlib
 import logging
 import os
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -71,8 +71,8 @@ def make(
 ) -> EngineFile:
     """Writes the engine's file of a state dict that is on this machine.
 
-    The weights are taken from the mapped state dict one by one, so that takes the memory of the largest of
-    them in float32, twice, whatever the size of the model.
+    The weights are taken from the mapped state dict one by one, so this needs memory for the largest of them
+    in float32, twice, rather than for the model. (Some architectures' converters copy more: GPT-2's does.)
 
     Args:
         state_dict_file: the `.pt` file.
@@ -94,7 +94,7 @@ def make(
     from helpers.load_state_dict.mapped_model import load_model, page_dropper
 
     started = time.monotonic()
-    model, _ = load_model(state_dict_file, folder)
+    model, _ = load_model(state_dict_file, folder, as_stored=True)
     _check_room(Path(target), sum(one.numel() for one in model.parameters()), dtype)
     start = model.generation_config.decoder_start_token_id
     if model.config.is_encoder_decoder and start is None:
@@ -102,7 +102,14 @@ def make(
     if model.config.is_encoder_decoder and not isinstance(start, int):
         raise EngineError("ctranslate2 needs the one token that responses begin after, and there is none")
     drop = page_dropper(state_dict_file)
-    reference = reference_of(model.eval(), start, drop)
+    try:
+        reference = reference_of(model.eval(), start, drop)
+    except MemoryError:
+        raise
+    except Exception as error:  # a model that cannot be asked with tokens alone raises every kind
+        raise EngineError(
+            f"a sample could not be computed ({first_line(error)}): use engine torch."
+        ) from error
     with _making:  # the converter is a library with state of its own
         spec = _specification(model, start)
     with whole_folder(target) as new:
@@ -134,7 +141,7 @@ def _write(spec: Any, dtype: str, drop: Callable[[Any], None], folder: Path) -> 
     try:
         write_later(spec, dtype, drop)
         spec.save(str(folder))
-    except OSError:
+    except (MemoryError, OSError):
         raise
     except Exception as error:  # weights that do not make the model that the loader thinks of
         raise EngineError(f"ctranslate2 cannot take this model ({first_line(error)})") from error
@@ -169,19 +176,51 @@ def put_beside(
         return found
     if not storage.is_cloud(path):
         with only_writer(target, WAIT_SECONDS):
-            made = in_place(path, manifest, dtype) or make(
-                path, path.removesuffix(".pt"), manifest.version, target, dtype
-            )
+            made = in_place(path, manifest, dtype) or _make_checked(path, manifest, path, target, dtype)
     else:
-        work = private_folder(cache_folder("conversions") / f"{manifest.version}-{dtype}")
-        with only_writer(work / "upload", WAIT_SECONDS), tempfile.TemporaryDirectory(dir=work) as temporary:
-            file = Path(local) if local else _fetch(path, manifest, Path(temporary))
-            made = make(file, file.with_suffix(""), manifest.version, Path(temporary, "engine"), dtype)
-            for name in [*made.files, DESCRIPTION]:  # the description last: with it, the file is whole
-                storage.upload(Path(temporary, "engine", name), f"{target}/{name}", overwrite=True)
-        work.rmdir()
+        work = cache_folder("conversions") / f"{manifest.version}-{dtype}"
+        with only_writer(f"{work}.engine", WAIT_SECONDS):
+            made = in_place(path, manifest, dtype) or _make_and_upload(path, manifest, dtype, local, work)
     if progress:
         print(f"Wrote {target}: {made.bytes / 1e9:.2f} GB for {ENGINE} {made.engine_version}.")
+    return made
+
+
+def _make_and_upload(
+    path: str, manifest: Manifest, dtype: str, local: str | Path | None, work: Path
+) -> EngineFile:
+    shutil.rmtree(work, ignore_errors=True)  # of somebody who was killed
+    private_folder(work)
+    try:
+        file, target = Path(local) if local else _fetch(path, manifest, work), engine_folder(path, dtype)
+        made = _make_checked(path, manifest, file, work / "engine", dtype)
+        for name in [*made.files, DESCRIPTION]:  # the description last: with it, the file is whole
+            storage.upload(work / "engine" / name, f"{target}/{name}", overwrite=True)
+        return made
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _make_checked(
+    path: str, manifest: Manifest, file: str | Path, target: str | Path, dtype: str
+) -> EngineFile:
+    """`make`, from a file that is what the manifest says, before and after."""
+
+    def check(whose: Path) -> os.stat_result:
+        found = os.stat(whose)
+        if found.st_size != manifest.bytes:
+            raise EngineError(f"{path} is not what its manifest says: convert the model again.")
+        return found
+
+    file = Path(file)
+    before = check(file)
+    if crc32c_of(file) != manifest.crc32c:
+        raise EngineError(f"{path} is damaged: convert the model again, with --overwrite.")
+    made = make(file, file.with_suffix(""), manifest.version, target, dtype)
+    after = check(file)
+    if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
+        shutil.rmtree(target, ignore_errors=True)
+        raise EngineError(f"{path} was replaced while its engine's file was made: try again.")
     return made
 
 
@@ -221,6 +260,8 @@ def _specification(model: PreTrainedModel, start: int | None) -> Any:
     try:
         with torch.no_grad(), JoiningLater():
             spec = loader.get_model_spec(model)
+    except MemoryError:
+        raise
     except Exception as error:  # a config that the loader does not expect raises every kind
         raise EngineError(
             f"ctranslate2 cannot take this {type(model).__name__} "

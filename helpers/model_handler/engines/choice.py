@@ -1,9 +1,9 @@
 """Which engine computes, and in what: what was asked for, or what was measured to be faster.
 
 The rule of `auto`: a machine that computes in bfloat16 (or has a GPU) uses torch; an x86 machine that does
-not uses CTranslate2 in float32, for the models that it takes. The table that this rests on is
-`docs/engines.md`; its figures were measured with `make bench`. Nothing was measured on CPUs with AMX, on ARM
-or on GPUs: there, `auto` is torch.
+not, or is to compute in float32, uses CTranslate2, for the models that it takes. The tables that this rests
+on are in `docs/engines.md`, measured with `make bench-engines`. Nothing was measured on CPUs with AMX, on
+those with AVX512 and no bfloat16, on ARM or on GPUs: there, the rule is only carried over.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from helpers.model_handler.engines.ctranslate2_engine import computes_in
 from helpers.model_handler.hardware import choose_device, choose_dtype
 from helpers.models.dtypes import DTYPES, dtype_name
 
-ENGINES = ("torch", "ctranslate2")
-
 
 @dataclass(frozen=True)
 class Choice:
     """What a model is computed by.
 
     Attributes:
-        engine: of `ENGINES`.
+        engine: `torch` or `ctranslate2`.
         device: where.
         dtype: in what; for torch, the name of a `torch.dtype`.
         reason: why, for the log.

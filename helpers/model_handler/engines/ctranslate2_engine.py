@@ -16,9 +16,10 @@ import torch
 from helpers.load_state_dict.engine_file import EngineFile
 from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.engines import generation_settings
-from helpers.model_handler.engines.engine import as_set
+from helpers.model_handler.engines.engine import as_set, engine_shapes
 from helpers.model_handler.engines.neighbours import Company
 from helpers.models.architecture import response_positions_of
+from helpers.models.error_text import first_line
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -119,7 +120,7 @@ class CTranslate2Engine:
             difference = self._difference_from(file)
         except (RuntimeError, ValueError, OSError, StopIteration) as error:
             raise LoadError(
-                f"ctranslate2 cannot use {folder} ({error}): delete it, and it is made again."
+                f"ctranslate2 cannot use {folder} ({error}): delete that folder, and it is made again."
             ) from error
         if not difference <= TOLERANCE[file.dtype]:
             raise DisagreementError(
@@ -192,11 +193,7 @@ class CTranslate2Engine:
 
     def is_alike(self, other: Engine) -> bool:
         """See `Engine.is_alike`."""
-        return (
-            isinstance(other, CTranslate2Engine)
-            and self.rows == other.rows
-            and self.config.to_diff_dict() == other.config.to_diff_dict()
-        )
+        return engine_shapes(self.config) == engine_shapes(other.config)
 
     def _difference_from(self, file: EngineFile) -> float:
         """How far the log-probabilities of the sample are from transformers', in standard deviations."""
@@ -215,8 +212,12 @@ class CTranslate2Engine:
 
 def computes_in(dtype: str) -> bool:
     """Whether CTranslate2 computes in a dtype on this CPU."""
-    import ctranslate2
-
+    try:
+        import ctranslate2
+    except Exception as error:  # a build for another CPU or Python fails in ways of its own
+        raise LoadError(
+            f"ctranslate2 cannot be imported ({first_line(error)}): install it again, or use engine torch."
+        ) from error
     return COMPUTE_TYPES[dtype] in ctranslate2.get_supported_compute_types("cpu")
 
 

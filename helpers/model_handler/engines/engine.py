@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from helpers.model_handler.engines.neighbours import Company
+from helpers.models.architecture import architecture_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -66,6 +67,13 @@ class Engine(Protocol):
     def is_alike(self, other: Engine) -> bool:
         """Whether another engine computes a model of the same architecture and shapes."""
         ...
+
+
+def engine_shapes(config: PretrainedConfig) -> tuple[str, dict[str, tuple]]:
+    """The class that a config builds and its weights' shapes, whatever else two configs differ in."""
+    architecture = architecture_of(config)
+    weights = architecture.empty_model().state_dict()
+    return architecture.model_class.__name__, {name: tuple(one.shape) for name, one in weights.items()}
 
 
 def as_set(ids: int | list[int] | None) -> set[int]:

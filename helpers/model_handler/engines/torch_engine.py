@@ -6,6 +6,7 @@ On a CPU its weights stay mapped from the state dict, so that the processes of a
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from helpers.model_handler.engines import generation_settings
-from helpers.model_handler.engines.engine import as_set
+from helpers.model_handler.engines.engine import as_set, engine_shapes
 from helpers.model_handler.engines.neighbours import HALF_PRECISION_TOLERANCE, TOLERANCE, Company, establish
 from helpers.model_handler.engines.single_row import is_worthwhile, speed_up_single_rows
 from helpers.model_handler.options import AnsweringOptions
@@ -87,11 +88,7 @@ class TorchEngine:
 
     def is_alike(self, other: Engine) -> bool:
         """See `Engine.is_alike`."""
-        return (
-            isinstance(other, TorchEngine)
-            and type(self.model) is type(other.model)
-            and _shapes(self.model) == _shapes(other.model)
-        )
+        return engine_shapes(self.config) == engine_shapes(other.config)
 
     def _choose_pad_token(self) -> int:
         """A token to pad with: the tokenizer's own, or any that the model has a row for, since it is masked.
@@ -163,7 +160,13 @@ class _Prefix:
         self._model = model
         self._tokens: tuple[int, ...] = ()
         self._state: Any = None
-        self._can_be_kept = not model.config.is_encoder_decoder
+        # What is kept stands before the padding of shorter prompts, so positions must be said, not counted.
+        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._can_be_kept = (
+            not model.config.is_encoder_decoder
+            and takes_positions
+            and model.generation_config.use_cache is not False
+        )
 
     def state(self, prompts: Sequence[list[int]], count: int) -> Any:
         """The state after the first tokens of the prompts, once for each; None where it cannot be kept."""
@@ -215,7 +218,3 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
         if token in ends:
             return ids[:position]
     return ids
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
