@@ -293,7 +293,10 @@ def _random_model(config, architecture, folder: Path):
     model.save_pretrained(folder)
     if architecture.config is not config:
         config.save_pretrained(folder)  # as published: the text model inside its wrapper
-    tiny_models.byte_tokenizer(chat=not config.is_encoder_decoder).save_pretrained(folder)
+    tokenizer = tiny_models.byte_tokenizer(chat=not config.is_encoder_decoder)
+    if not config.is_encoder_decoder:  # what all prompts begin with, computed once
+        tokenizer.chat_template = "{{ 'You are brief. ' }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
     return model
 
 

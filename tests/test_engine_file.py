@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, llama, save_checkpoint
-from transformers import GenerationConfig
+from tiny_models import VOCABULARY, byte_tokenizer, llama, save_checkpoint
+from transformers import GenerationConfig, MptConfig, MptForCausalLM
 
+from helpers.files.cache import cache_folder
 from helpers.load_state_dict import LoadError, convert, read_manifest
 from helpers.load_state_dict.__main__ import main
 from helpers.load_state_dict.engine_file import EngineError, make, put_beside, read_engine_file
@@ -274,12 +275,7 @@ def test_sampling_draws_from_the_same_distribution(state_dict, tmp_path):
 
 
 def test_a_prefix_that_all_prompts_share_changes_no_answer(state_dict, tmp_path):
-    template = (
-        "{{ 'You are a helpful assistant, and you answer in one short sentence. ' }}"
-        + byte_tokenizer(chat=True).chat_template
-    )
-    tokenizer = byte_tokenizer(chat=True)
-    tokenizer.chat_template = template
+    tokenizer = with_system_prompt()
     folder = tmp_path / "system"
     save_checkpoint("llama", folder)
     tokenizer.save_pretrained(folder)
@@ -289,6 +285,7 @@ def test_a_prefix_that_all_prompts_share_changes_no_answer(state_dict, tmp_path)
         model = load(str(tmp_path / "system.pt"), tmp_path / "cache", engine=engine)
         assert model._encoder.prefix_tokens([model.encode(prompt) for prompt in prompts]) > 60
         kept = model.ask(prompts, OPTIONS)
+        assert engine != "torch" or model.engine._prefix._state is not None
         assert model.ask(prompts, AnsweringOptions(max_response_tokens=8, recompute=True)) == kept
         assert model.ask(prompts[:1], OPTIONS) == kept[:1]
         assert len({answer.text for answer in kept}) > 8
@@ -379,3 +376,111 @@ def test_the_wait_for_another_process_is_bounded(state_dict, tmp_path, monkeypat
     (folder,) = (tmp_path / "cache").iterdir()
     with FileLock(folder / "engine.lock"), pytest.raises(Timeout):
         fetch_engine_file(state_dict, "float32", tmp_path / "cache")
+
+
+def test_a_damaged_state_dict_makes_no_engines_file(state_dict):
+    data = bytearray(Path(state_dict).read_bytes())
+    data[len(data) // 2] ^= 1
+    Path(state_dict).write_bytes(data)
+    with pytest.raises(EngineError, match="is damaged"):
+        put_beside(state_dict, "float32", progress=False)
+    assert not Path(engine_folder(state_dict, "float32")).exists()
+
+
+def test_what_a_killed_upload_left_is_no_obstacle(state_dict, bucket):
+    path = f"gs://{bucket.name}/model.pt"
+    convert(str(Path(state_dict).with_name("checkpoint")), path, progress=False)
+    work = cache_folder("conversions") / f"{read_manifest(path).version}-int8"
+    (work / "left").mkdir(parents=True)
+    put_beside(path, "int8", progress=False)
+    assert not work.exists()
+    assert read_engine_file(path, "int8").dtype == "int8"
+
+
+@pytest.mark.parametrize(("first", "second"), [("torch", "ctranslate2"), ("ctranslate2", "torch")])
+def test_one_engine_takes_over_from_the_other(first, second, state_dict, tmp_path):
+    """As after a load that fell back to torch; settings that shape no weight are no obstacle either."""
+    model = load(state_dict, tmp_path / "cache", engine=first)
+    before = texts(model)
+    other = load(state_dict, tmp_path / "cache", engine=second)
+    other.engine.config.use_cache = False
+    model.take_over(other)
+    assert (model.engine.name, texts(model)) == (second, before)
+
+
+def test_a_kept_prefix_does_not_outlive_its_weights(tmp_path):
+    for name, flip in (("one", False), ("other", True)):
+        model = save_checkpoint("llama", tmp_path / name)
+        with torch.no_grad():
+            for parameter in model.parameters() if flip else ():
+                parameter.copy_(parameter.flip(0))
+        model.save_pretrained(tmp_path / name)
+        with_system_prompt().save_pretrained(tmp_path / name)
+        convert(str(tmp_path / name), tmp_path / f"{name}.pt", "float32", progress=False)
+    for engine in ("torch", "ctranslate2"):
+        one, other = (
+            load(str(tmp_path / f"{name}.pt"), tmp_path / "cache", engine=engine) for name in ("one", "other")
+        )
+        before, expected = texts(one), texts(other)
+        one.take_over(other)
+        assert texts(one) == expected != before
+
+
+def with_system_prompt():
+    tokenizer = byte_tokenizer(chat=True)
+    words = "You are a helpful assistant, and you answer in one short sentence. "
+    tokenizer.chat_template = "{{ '" + words + "' }}" + tokenizer.chat_template
+    return tokenizer
+
+
+def test_a_prefix_is_kept_only_where_positions_are_said(tmp_path):
+    """MPT counts its keys, padding included: a prefix before the padding would be at another distance."""
+    torch.manual_seed(3)
+    config = MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2, max_seq_len=256)
+    model = MptForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    model.generation_config = GenerationConfig(eos_token_id=4, pad_token_id=0)
+    model.save_pretrained(tmp_path / "mpt")
+    with_system_prompt().save_pretrained(tmp_path / "mpt")
+    convert(str(tmp_path / "mpt"), tmp_path / "mpt.pt", "float32", progress=False)
+    loaded = load(str(tmp_path / "mpt.pt"), tmp_path / "cache", engine="torch")
+    prompts = [f"{n}?" * (1 + n % 5) for n in range(12)]
+    kept = loaded.ask(prompts, OPTIONS)
+    assert loaded.engine._prefix._state is None
+    assert loaded.ask(prompts, AnsweringOptions(max_response_tokens=8, recompute=True)) == kept
+
+
+def test_a_publisher_who_uses_no_cache_is_heeded(tmp_path):
+    path = checkpoint_with(tmp_path / "m", settings={"use_cache": False})
+    with_system_prompt().save_pretrained(tmp_path / "m")
+    convert(str(tmp_path / "m"), path, "float32", overwrite=True, progress=False)
+    prompts = [f"{n}?" * (1 + n % 5) for n in range(12)]
+    usual, kept = AnsweringOptions(max_response_tokens=8, recompute=True), OPTIONS
+    model = load(path, tmp_path / "cache", engine="torch")
+    assert model.ask(prompts, kept) == model.ask(prompts, usual)
+
+
+def test_parts_of_a_model_in_bfloat16_are_widened_together(tmp_path, monkeypatch):
+    """T5's feed-forward layers look at each other's dtypes."""
+    monkeypatch.setattr("helpers.load_state_dict.engine_file.reference.PART_BYTES", 1)
+    save_checkpoint("t5_distinct", tmp_path / "t5")
+    for dtype in ("bfloat16", "float16"):
+        path = tmp_path / f"{dtype}.pt"
+        convert(str(tmp_path / "t5"), path, dtype, progress=False)
+        model = load(str(path), tmp_path / "cache")
+        assert texts(model) == texts(load(str(path), tmp_path / "cache", engine="torch"))
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), OSError(28, "No space left on device")])
+def test_a_lack_that_may_pass_is_not_noted_and_costs_no_answer(error, state_dict, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "helpers.load_state_dict.engine_file.making._write", lambda *_: (_ for _ in ()).throw(error)
+        )
+        assert load(state_dict, tmp_path / "cache", engine=None).engine.name == "torch"
+        with pytest.raises(type(error)):
+            load(state_dict, tmp_path / "cache")
+    assert load(state_dict, tmp_path / "cache", engine=None).engine.name == "ctranslate2"

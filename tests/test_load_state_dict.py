@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import save_checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from helpers.files.transfer import crc32c_of
@@ -401,3 +402,13 @@ def test_a_gguf_file_as_packaged_becomes_the_state_dict_that_transformers_reads_
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor.half()), name
     assert AutoTokenizer.from_pretrained(tmp_path / "m")("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_half_precision_is_widened_exactly(stored, tmp_path):
+    model = save_checkpoint("llama", tmp_path / "m").to(getattr(torch, stored))
+    model.save_pretrained(tmp_path / "m")
+    manifest = convert(str(tmp_path / "m"), tmp_path / "m.pt", "float32", progress=False)
+    written = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert all(torch.equal(written[name], value.float()) for name, value in model.state_dict().items())
+    assert (manifest.flushed_to_zero, manifest.largest_relative_error) == (0, 0)

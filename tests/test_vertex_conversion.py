@@ -20,6 +20,7 @@ from helpers.files.labels import label_value
 from helpers.load_state_dict import vertex_conversion
 from helpers.load_state_dict.__main__ import main
 from helpers.load_state_dict.custom_job import CustomJobError
+from helpers.load_state_dict.engine_file import read_engine_file
 from helpers.load_state_dict.manifest import companion_folder, read_manifest
 from helpers.load_state_dict.vertex_conversion import IMAGE, vertex, where_to_convert
 
@@ -73,6 +74,10 @@ def test_a_job_writes_what_is_asked_for_whatever_its_names(cloud, bucket, model,
     assert vertex(str(model), path, **target) == manifest
     assert "Nothing to do" in capsys.readouterr().out
     assert len(jobs(cloud.project)) == before
+    assert vertex(str(model), path, **target, engine_file="int8") == manifest
+    assert read_engine_file(path, "int8").source == manifest.version
+    assert vertex(str(model), path, **target, engine_file="int8") == manifest
+    assert len(jobs(cloud.project)) == before + 1
 
 
 def test_the_published_command_line_works_and_a_failure_shows_the_end_of_the_log(

@@ -3,10 +3,10 @@
     python tools/bench_engines.py [--peers] [--hold-avx2] [--only causal t5 prefix] [--out FOLDER]
 
 Each contestant is a process of its own (`tools/contestants/`), and they take turns, so that other load on the
-machine affects all alike. Figures are medians of three rounds, and of 200 prompts a single one. The result is one JSON file for each kind of
-CPU, from which `tools/engine_tables.py` writes the tables of docs/engines.md. With --peers, llama.cpp and
-OpenVINO take part: each is installed into an environment of its own under out/peers, where llama.cpp is
-compiled, which takes some six minutes.
+machine affects all alike. Figures are medians of three rounds, and of 200 prompts a single one. The result is
+one JSON file for each kind of CPU, from which `tools/engine_tables.py` writes the tables of docs/engines.md.
+With --peers, llama.cpp and OpenVINO take part: each is installed into an environment of its own under
+out/peers, where llama.cpp is compiled, which takes some six minutes.
 """
 
 import argparse
