@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import VOCABULARY, byte_tokenizer, llama, save_checkpoint
-from transformers import GenerationConfig, MptConfig, MptForCausalLM
+from transformers import GenerationConfig, LlamaConfig, MistralConfig, MptConfig, MptForCausalLM
 
 from helpers.files.cache import cache_folder
 from helpers.load_state_dict import LoadError, convert, read_manifest
 from helpers.load_state_dict.__main__ import main
-from helpers.load_state_dict.engine_file import EngineError, make, put_beside, read_engine_file
+from helpers.load_state_dict.engine_file import (
+    EngineError,
+    make,
+    put_beside,
+    read_engine_file,
+    why_not,
+)
 from helpers.load_state_dict.engine_file.description import DESCRIPTION, engine_folder
 from helpers.load_state_dict.engine_file.variables import JoiningLater, _Joined
 from helpers.model_handler import AnsweringOptions, LanguageModelHandler, Response
@@ -484,3 +490,26 @@ def test_a_lack_that_may_pass_is_not_noted_and_costs_no_answer(error, state_dict
         with pytest.raises(type(error)):
             load(state_dict, tmp_path / "cache")
     assert load(state_dict, tmp_path / "cache", engine=None).engine.name == "ctranslate2"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {"sliding_window": 64}],
+)
+def test_what_only_long_prompts_would_show_is_left_to_torch(settings, tmp_path):
+    """Mistral with a window of 64 tokens gave other answers beyond it, and the same ones within."""
+    kind = MistralConfig if "sliding_window" in settings else LlamaConfig
+    config = kind(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=4,
+        pad_token_id=0,
+        **settings,
+    )
+    (tmp_path / "m").mkdir()
+    config.save_pretrained(tmp_path / "m")
+    assert "use engine torch" in why_not(tmp_path / "m")

@@ -72,6 +72,14 @@ def test_prompts_of_different_length_are_answered_as_plain_transformers_answers_
     assert len(set(expected)) > 1, "the model says the same to every prompt: this test would not see a mix-up"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_prompts_are_answered_so_too(kind, state_dicts, load):
+    """T5 tells distances apart up to 128 tokens."""
+    prompt = "Tell me more about the ships that cross the deep blue sea in every season of the year. " * 4
+    expected = plain_transformers(state_dicts[kind].parent / "checkpoint", prompt)
+    assert [answer.text for answer in load(state_dicts[kind]).ask(["Hi", prompt], OPTIONS)][1] == expected
+
+
 def test_a_distinct_output_layer_survives_loading(state_dicts, load):
     """transformers 5 ties it when a T5 is built from its config: then the logits are another model's."""
     checkpoint = state_dicts["t5_distinct"].parent / "checkpoint"

@@ -8,7 +8,7 @@ __all__, __getattr__ = public(
         "comparison": ["Comparison", "compare"],
         "memory": ["Measurement", "measure_model", "measure_models"],
         "process_memory": ["MeasureError"],
-        "rounding_loss": ["RoundingLoss", "rounding_loss"],
+        "rounding": ["RoundingLoss", "rounding_loss"],
         "throughput": ["Throughput", "measure_throughput"],
     },
 )

@@ -33,7 +33,7 @@ from helpers.models.dtypes import DTYPE_BYTES
 from helpers.models.error_text import first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,17 @@ def why_not(folder: str | Path) -> str:
     loader = loaders.get(type(config).__name__)
     if loader is None or loader.architecture_name != name:
         return f"ctranslate2 does not know {name}"
+    return _depends_on_length(config)
+
+
+def _depends_on_length(config: PretrainedConfig) -> str:
+    """What a model does only with long prompts, which the sample that engines are checked with is not."""
+    kinds = getattr(config, "layer_types", None) or ()
+    if getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in kinds):
+        return "ctranslate2 computes attention windows otherwise than transformers: use engine torch"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
+        return f"ctranslate2's {rope['rope_type']} positions were not shown to be right: use engine torch"
     return ""
 
 

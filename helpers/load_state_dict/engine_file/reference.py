@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from helpers.load_state_dict.engine_file.description import Reference
+from helpers.models.architecture import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPT_TOKENS, RESPONSE_TOKENS = 40, 12
+PROMPT_TOKENS, RESPONSE_TOKENS = 140, 12
+"""Of the sample; T5 tells distances apart up to 128. Fewer where a model has not as many positions."""
 
 PART_BYTES = 150_000_000
 """The most that is widened to float32 at once, unless one weight is larger."""
@@ -31,8 +33,10 @@ def reference_of(model: PreTrainedModel, start: int, drop: Callable[[torch.Tenso
     """
     rows = model.get_input_embeddings().weight.shape[0]
     # From all over the vocabulary, in no order that a position could stand for.
-    tokens = [(7919 * n + 13) % rows for n in range(PROMPT_TOKENS + RESPONSE_TOKENS)]
-    prompt, response = tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:]
+    room = (positions_of(model.config) or PROMPT_TOKENS + RESPONSE_TOKENS) - RESPONSE_TOKENS
+    length = max(1, min(PROMPT_TOKENS, room))
+    tokens = [(7919 * n + 13) % rows for n in range(length + RESPONSE_TOKENS)]
+    prompt, response = tokens[:length], tokens[length:]
     with _in_float32(model, drop):
         if model.config.is_encoder_decoder:
             logits = model(

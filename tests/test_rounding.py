@@ -5,7 +5,7 @@ from tiny_models import save_checkpoint
 
 from helpers.load_state_dict import convert
 from helpers.measuring import MeasureError, measure_throughput, rounding_loss
-from helpers.measuring.rounding_loss import PROMPTS, _common
+from helpers.measuring.rounding import PROMPTS, _common
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,6 @@ def test_float32_changes_nothing_and_int8_something(state_dict, tmp_path):
     assert 0 < rounded.changed <= 60
     assert 0 < rounded.equal_tokens < 1
     assert len(rounded.changes) == rounded.changed
-    assert all(one != other for _, one, other in rounded.changes)
 
 
 def test_tokens_are_equal_up_to_the_first_difference():
