@@ -244,7 +244,13 @@ def attempt(model_type: str, folder: Path) -> Outcome:
     except DisagreementError:
         engines = "torch (CTranslate2's answers differ)"
     except (EngineError, LoadError) as error:
-        engines = "torch" if "does not know" in str(error) else "torch (CTranslate2's converter fails)"
+        reasons = {
+            "does not know": "",
+            "attention windows": " (attention windows)",
+            "positions": " (positions)",
+            "": " (CTranslate2's converter fails)",
+        }
+        engines = "torch" + next(text for words, text in reasons.items() if words in str(error))
     return Outcome("served", company, "; ".join(wrong), engines)
 
 

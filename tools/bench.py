@@ -18,6 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from bench_engines import mixed_prompts
+
 from helpers.measuring.process_memory import high_water_mark, memory_of
 from helpers.models.dtypes import dtype_name
 
@@ -175,30 +177,6 @@ def bench_conversion(model_name: str) -> dict:
     import bench_convert
 
     return bench_convert.bench(model_name, "float16", ROUNDS)
-
-
-def mixed_prompts(count: int) -> list[str]:
-    """Prompts of many lengths, the same each time."""
-    words = [
-        "Tell",
-        "me",
-        "about",
-        "the",
-        "sea",
-        "and",
-        "the",
-        "ships",
-        "that",
-        "cross",
-        "it",
-        "in",
-        "every",
-        "season",
-        "of",
-        "the",
-        "year",
-    ]
-    return [f"{n}: " + " ".join(words[: 2 + (n * 7) % (len(words) - 2)]) + "?" for n in range(count)]
 
 
 def bench_batches(prompts: int, folder: Path) -> dict:
