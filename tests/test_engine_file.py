@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import VOCABULARY, byte_tokenizer, llama, save_checkpoint
 from transformers import GenerationConfig, LlamaConfig, MistralConfig, MptConfig, MptForCausalLM
 
@@ -26,6 +28,7 @@ from helpers.load_state_dict.engine_file.description import DESCRIPTION, engine_
 from helpers.load_state_dict.engine_file.variables import JoiningLater, _Joined
 from helpers.model_handler import AnsweringOptions, LanguageModelHandler, Response
 from helpers.model_handler.engines import ctranslate2_engine
+from helpers.model_handler.engines.ctranslate2_engine import STEP_ROWS, groups_by_length
 from helpers.model_handler.local_engine_file import fetch_engine_file
 from helpers.model_handler.served_model import ModelSource
 
@@ -513,3 +516,23 @@ def test_what_only_long_prompts_would_show_is_left_to_torch(settings, tmp_path):
     (tmp_path / "m").mkdir()
     config.save_pretrained(tmp_path / "m")
     assert "use engine torch" in why_not(tmp_path / "m")
+
+
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=32), response=st.integers(1, 300))
+def test_groups_hold_each_prompt_once_and_cost_no_more_than_one(lengths, response):
+    groups = groups_by_length(lengths, response)
+
+    def cost(rows):
+        spread = max(lengths[row] for row in rows) - min(lengths[row] for row in rows)
+        return (spread + response) * (len(rows) + STEP_ROWS)
+
+    assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
+    assert sum(map(cost, groups)) <= cost(range(len(lengths)))
+
+
+def test_prompts_of_one_length_stay_together_and_very_different_ones_do_not():
+    assert groups_by_length([20] * 32, 32) == [list(range(32))]
+    assert sorted(map(sorted, groups_by_length([20, 300] * 8, 16))) == [
+        list(range(0, 16, 2)),
+        list(range(1, 16, 2)),
+    ]

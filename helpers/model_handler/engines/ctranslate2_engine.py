@@ -37,6 +37,10 @@ TOLERANCE = {"float32": 0.01, "bfloat16": 0.15, "int8": 0.6}
 LEAST_DEVIATION = 0.1
 """Random weights find all tokens alike: of those, less than this is no difference."""
 
+STEP_ROWS = 16
+"""What a step costs besides its rows, in rows. Measured with SmolLM2-135M in float32 on two cores with
+AVX512-BF16: some 8 on an idle machine, and up to 38 on a busy one."""
+
 # Settings of the publisher's that mean the same here as in transformers. Others may, which nobody has shown.
 _UNDERSTOOD = frozenset(
     {
@@ -172,16 +176,19 @@ class CTranslate2Engine:
                 **shared,
             )
             return [[int(token) for token in result.hypotheses[0]] for result in results]
-        results = self._engine.generate_batch(
-            [text[prefix_tokens:] for text in texts],
-            max_length=longest,
-            min_length=least,
-            include_prompt_in_result=False,
-            static_prompt=texts[0][:prefix_tokens] or None,
-            cache_static_prompt=True,
-            **shared,
-        )
-        return [result.sequences_ids[0] for result in results]
+        found: dict[int, list[int]] = {}
+        for rows in groups_by_length([len(prompt) for prompt in prompts], longest):
+            results = self._engine.generate_batch(
+                [texts[row][prefix_tokens:] for row in rows],
+                max_length=longest,
+                min_length=least,
+                include_prompt_in_result=False,
+                static_prompt=texts[0][:prefix_tokens] or None,
+                cache_static_prompt=True,
+                **shared,
+            )
+            found |= {row: result.sequences_ids[0] for row, result in zip(rows, results, strict=True)}
+        return [found[row] for row in range(len(prompts))]
 
     def company(self, samples: Sequence[list[int]]) -> Company:
         """See `Engine.company`: it computes without padding, or masks it."""
@@ -208,6 +215,45 @@ class CTranslate2Engine:
         theirs = torch.tensor(sample.log_probabilities)
         deviation = max(float(theirs.std()), LEAST_DEVIATION)
         return float((torch.tensor(ours) - theirs).abs().mean()) / deviation
+
+
+def groups_by_length(lengths: Sequence[int], response_tokens: int) -> list[list[int]]:
+    """Which prompts of a batch are best computed together.
+
+    CTranslate2 reads prompts together only up to the end of the shortest, and the rest of the longer ones a
+    token a step, as if it generated them. So a group takes as many steps as its lengths differ by, and those
+    of a response. A step's time is that of so many rows, and of `STEP_ROWS` more: the weights are read
+    whatever the number of rows.
+
+    Args:
+        lengths: the tokens of each prompt.
+        response_tokens: the most in a response.
+
+    Returns:
+        The indices of each group's prompts: the division that takes the least time.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    best: list[tuple[float, int]] = [
+        (0.0, 0)
+    ]  # for the first so many: the time, and where the last one begins
+    for end in range(1, len(order) + 1):
+        best.append(
+            min(
+                (
+                    best[start][0]
+                    + (lengths[order[end - 1]] - lengths[order[start]] + response_tokens)
+                    * (end - start + STEP_ROWS),
+                    start,
+                )
+                for start in range(end)
+            )
+        )
+    groups, end = [], len(order)
+    while end:
+        start = best[end][1]
+        groups.append(order[start:end])
+        end = start
+    return groups
 
 
 def computes_in(dtype: str) -> bool:
