@@ -23,7 +23,7 @@ def test_there_are_sixty_prompts_of_five_kinds():
 
 def test_float32_changes_nothing_and_int8_something(state_dict, tmp_path):
     exact, rounded = rounding_loss(
-        state_dict, ("float32", "int8"), max_response_tokens=12, cache_dir=str(tmp_path)
+        state_dict, ("float32", "int8"), max_new_tokens=12, cache_dir=str(tmp_path)
     )
     assert (exact.changed, exact.equal_tokens, exact.changes) == (0, 1.0, [])
     assert (rounded.engine, rounded.dtype, rounded.prompts) == ("ctranslate2", "int8", 60)

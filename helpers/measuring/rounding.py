@@ -42,7 +42,7 @@ def rounding_loss(
     dtypes: Sequence[str | None] = ("int8",),
     prompts: Sequence[str] | None = None,
     *,
-    max_response_tokens: int = 24,
+    max_new_tokens: int = 24,
     cache_dir: str | None = None,
 ) -> list[RoundingLoss]:
     """Asks a model the same in float32 and in other dtypes. One at a time is in memory.
@@ -52,7 +52,7 @@ def rounding_loss(
         dtypes: what to compare; None is what this machine computes in unless told otherwise. What cannot be
             used with this model, or here, is named and left out.
         prompts: by default 60 of five kinds, `PROMPTS`.
-        max_response_tokens: the most in each answer.
+        max_new_tokens: the most in each answer.
         cache_dir: see `LanguageModelHandler`.
 
     Raises:
@@ -60,7 +60,7 @@ def rounding_loss(
         FileNotFoundError, PermissionError, StorageError: the state dict cannot be read.
     """
     asked = [prompt for kind in PROMPTS.values() for prompt in kind] if prompts is None else list(prompts)
-    options = AnsweringOptions(max_response_tokens=max_response_tokens)
+    options = AnsweringOptions(max_response_tokens=max_new_tokens)
 
     def answers(dtype: str | None) -> tuple[LanguageModel, list[list[int]]]:
         model, _ = ModelSource(state_dict_path, dtype=dtype, cache_dir=cache_dir).load()

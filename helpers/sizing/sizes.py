@@ -119,8 +119,8 @@ class Sizing:
     weights_bytes: dict[str, int]
     convert: Phase
     serve: Phase
+    engine: str
     cost_per_hour: float | None = None
-    engine: str = "torch"
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `--json`, as plain values."""
