@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
-from helpers.models.dtypes import DTYPES
-from helpers.sizing.sizes import PROMPT_TOKENS, RESPONSE_TOKENS
+from helpers.sizing.sizes import COMPUTE_BYTES, ENGINES, PROMPT_TOKENS, RESPONSE_TOKENS
 
 Decorated = TypeVar("Decorated", bound=Callable)
 
@@ -139,13 +138,13 @@ class AnsweringOptions:
         None,
         "What computes: torch, for every model and for GPUs, or ctranslate2, on CPUs. By default the one "
         "that was measured to be faster on a CPU of this kind, for models that it takes.",
-        choices=("auto", "torch", "ctranslate2"),
+        choices=("auto", *ENGINES),
     )
     dtype: str | None = option(
         None,
         "What to compute in. By default what the device is fast in. With int8, which only ctranslate2 "
         "computes in, weights are rounded to 8-bit integers: smaller and faster, with other answers.",
-        choices=("auto", *DTYPES, "int8"),
+        choices=("auto", *COMPUTE_BYTES),
     )
     max_batch_size: int = option(32, "How many prompts the model answers at once.", metavar="N", within=COUNT)
     max_batch_tokens: int = option(

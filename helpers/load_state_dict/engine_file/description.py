@@ -18,10 +18,11 @@ from helpers.files import storage
 from helpers.files.names import check_plain, inside
 from helpers.files.transfer import crc32c_of
 from helpers.load_state_dict.manifest import Manifest, companion_folder
+from helpers.sizing import sizes
 
 ENGINE = "ctranslate2"
 
-ENGINE_DTYPES = ("float32", "bfloat16", "int8")
+ENGINE_DTYPES = sizes.ENGINES[ENGINE]
 """What CTranslate2 computes in on a CPU; bfloat16 only on some."""
 
 ENGINES = "engines"

@@ -76,7 +76,7 @@ def choose(
     chosen, reason = choose_dtype(place, dtype)
     if engine == "auto" and not why_open and chosen == torch.float32 and _is_x86():
         return Choice("ctranslate2", place, "float32", f"{reason}, and ctranslate2 is faster in float32")
-    return Choice("torch", place, dtype_name(chosen), reason, engine == "torch")
+    return Choice("torch", place, dtype_name(chosen), reason)
 
 
 def _why_not_ctranslate2(device: torch.device) -> str:

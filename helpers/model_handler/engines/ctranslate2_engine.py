@@ -16,7 +16,7 @@ import torch
 from helpers.load_state_dict.engine_file import EngineFile
 from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.engines import generation_settings
-from helpers.model_handler.engines.engine import as_set, engine_shapes
+from helpers.model_handler.engines.engine import as_set
 from helpers.model_handler.engines.neighbours import Company
 from helpers.models.architecture import response_positions_of
 from helpers.models.error_text import first_line
@@ -24,7 +24,6 @@ from helpers.models.error_text import first_line
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-    from helpers.model_handler.engines.engine import Engine
     from helpers.model_handler.options import AnsweringOptions
 
 COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_float32"}
@@ -197,10 +196,6 @@ class CTranslate2Engine:
     def why_not(self, options: AnsweringOptions) -> str:
         """See `Engine.why_not`."""
         return why_not(options)
-
-    def is_alike(self, other: Engine) -> bool:
-        """See `Engine.is_alike`."""
-        return engine_shapes(self.config) == engine_shapes(other.config)
 
     def _difference_from(self, file: EngineFile) -> float:
         """How far the log-probabilities of the sample are from transformers', in standard deviations."""

@@ -64,12 +64,8 @@ class Engine(Protocol):
         """Why it cannot answer with these options as they are meant; empty if it can."""
         ...
 
-    def is_alike(self, other: Engine) -> bool:
-        """Whether another engine computes a model of the same architecture and shapes."""
-        ...
 
-
-def engine_shapes(config: PretrainedConfig) -> tuple[str, dict[str, tuple]]:
+def shapes_of(config: PretrainedConfig) -> tuple[str, dict[str, tuple]]:
     """The class that a config builds and its weights' shapes, whatever else two configs differ in."""
     architecture = architecture_of(config)
     weights = architecture.empty_model().state_dict()

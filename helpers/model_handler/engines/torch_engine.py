@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from helpers.model_handler.engines import generation_settings
-from helpers.model_handler.engines.engine import as_set, engine_shapes
+from helpers.model_handler.engines.engine import as_set
 from helpers.model_handler.engines.neighbours import HALF_PRECISION_TOLERANCE, TOLERANCE, Company, establish
 from helpers.model_handler.engines.single_row import is_worthwhile, speed_up_single_rows
 from helpers.model_handler.options import AnsweringOptions
@@ -25,7 +25,6 @@ from helpers.models.dtypes import dtype_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from helpers.model_handler.engines.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +84,6 @@ class TorchEngine:
     def why_not(self, options: AnsweringOptions) -> str:
         """See `Engine.why_not`: every option is understood."""
         return ""
-
-    def is_alike(self, other: Engine) -> bool:
-        """See `Engine.is_alike`."""
-        return engine_shapes(self.config) == engine_shapes(other.config)
 
     def _choose_pad_token(self) -> int:
         """A token to pad with: the tokenizer's own, or any that the model has a row for, since it is masked.
