@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ from helpers.load_state_dict.engine_file import (
 from helpers.load_state_dict.engine_file.description import DESCRIPTION, engine_folder
 from helpers.load_state_dict.engine_file.variables import JoiningLater, _Joined
 from helpers.model_handler import AnsweringOptions, LanguageModelHandler, Response
-from helpers.model_handler.engines import ctranslate2_engine
-from helpers.model_handler.engines.ctranslate2_engine import STEP_ROWS, groups_by_length
+from helpers.model_handler.engines import choice, ctranslate2_engine
+from helpers.model_handler.engines.ctranslate2_engine import STEP_ROWS, groups_by_length, why_not_on_gpu
 from helpers.model_handler.local_engine_file import fetch_engine_file
 from helpers.model_handler.served_model import ModelSource
 
@@ -331,7 +332,7 @@ def test_the_transformers_model_is_there_for_those_who_ask(state_dict, tmp_path)
     [
         ({"engine": "torch", "dtype": "int8"}, "torch does not compute in int8"),
         ({"dtype": "float16"}, "ctranslate2 does not compute in float16"),
-        ({"dtype": "bfloat16"}, "does not compute in bfloat16 on this CPU"),
+        ({"dtype": "bfloat16"}, "does not compute in bfloat16 on this cpu"),
         ({"device": "cuda"}, "GPU"),
     ],
 )
@@ -520,19 +521,53 @@ def test_what_only_long_prompts_would_show_is_left_to_torch(settings, tmp_path):
 
 @given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=32), response=st.integers(1, 300))
 def test_groups_hold_each_prompt_once_and_cost_no_more_than_one(lengths, response):
-    groups = groups_by_length(lengths, response)
+    groups = groups_by_length(lengths, response, STEP_ROWS["cpu"])
 
     def cost(rows):
         spread = max(lengths[row] for row in rows) - min(lengths[row] for row in rows)
-        return (spread + response) * (len(rows) + STEP_ROWS)
+        return (spread + response) * (len(rows) + STEP_ROWS["cpu"])
 
     assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
     assert sum(map(cost, groups)) <= cost(range(len(lengths)))
 
 
 def test_prompts_of_one_length_stay_together_and_very_different_ones_do_not():
-    assert groups_by_length([20] * 32, 32) == [list(range(32))]
-    assert sorted(map(sorted, groups_by_length([20, 300] * 8, 16))) == [
+    assert groups_by_length([20] * 32, 32, STEP_ROWS["cpu"]) == [list(range(32))]
+    assert sorted(map(sorted, groups_by_length([20, 300] * 8, 16, STEP_ROWS["cpu"]))) == [
         list(range(0, 16, 2)),
         list(range(1, 16, 2)),
     ]
+
+
+def test_a_gpu_without_its_library_names_the_package(monkeypatch):
+    monkeypatch.setattr("ctranslate2.get_cuda_device_count", lambda: 0)
+    assert "finds no GPU" in why_not_on_gpu.__wrapped__()
+    monkeypatch.setattr("ctranslate2.get_cuda_device_count", lambda: 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install nvidia-cublas-cu12" in why_not_on_gpu.__wrapped__()
+
+
+def test_the_library_is_found_in_its_package(monkeypatch, tmp_path):
+    asked = []
+
+    def load(path, mode=None):
+        asked.append(path)
+        if mode is None:
+            raise OSError("not in a folder that is searched")
+
+    monkeypatch.setattr("ctranslate2.get_cuda_device_count", lambda: 1)
+    monkeypatch.setattr("ctypes.CDLL", load)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    assert not why_not_on_gpu.__wrapped__()
+    # The one that the other needs comes first.
+    assert asked[1:] == [str(tmp_path / "lib" / f"lib{name}.so.12") for name in ("cublasLt", "cublas")]
+
+
+def test_integers_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(choice, "choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(choice, "why_not_on_gpu", lambda: "")
+    monkeypatch.setattr("ctranslate2.get_supported_compute_types", lambda device: {"float32", "bfloat16"})
+    with pytest.raises(LoadError, match="int8 on this cuda: use float32 or bfloat16, or device cpu"):
+        choice.choose(dtype="int8")
+    assert choice.choose(engine="ctranslate2").dtype == "bfloat16"

@@ -14,7 +14,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import engine_tables  # noqa: E402
 
-RESULTS = {file.stem: json.loads(file.read_text()) for file in engine_tables.RESULTS.glob("*.json")}
+FILES = {file.stem: json.loads(file.read_text()) for file in engine_tables.RESULTS.glob("*.json")}
+RESULTS = {name: result for name, result in FILES.items() if "gpu" not in result}
+ON_GPUS = {name: result for name, result in FILES.items() if "gpu" in result}
 CAPABILITIES = {"AVX512-BF16": {"avx512_bf16": True}, "AVX2": {"avx2": True}, "held-to-AVX2": {"avx2": True}}
 
 
@@ -41,6 +43,22 @@ def test_auto_is_the_engine_that_was_measured_to_be_faster_for_full_batches(kind
     in_float32 = choice.choose(dtype="float32")
     slower = "torch" if in_float32.engine == "ctranslate2" else "ctranslate2"
     assert lossless[in_float32.engine, "float32"] > lossless[slower, "float32"]
+
+
+@pytest.mark.parametrize("kind", ON_GPUS)
+def test_auto_is_the_engine_that_was_measured_to_be_faster_on_a_gpu(kind, monkeypatch):
+    monkeypatch.setattr(choice, "choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(choice, "why_not_on_gpu", lambda: "")
+    chosen = choice.choose()
+    contestants = ON_GPUS[kind]["gpu"]["contestants"]
+    for workload in ("one", "32", "128"):
+        best = max(contestants, key=lambda name: contestants[name]["tokens_per_second"][workload])
+        assert best == f"this project, {chosen.engine} {chosen.dtype}"
+    monkeypatch.setattr(choice, "why_not_on_gpu", lambda: "cuBLAS is not here")
+    without = choice.choose()
+    assert (without.engine, without.dtype) == ("torch", "bfloat16")
+    assert "cuBLAS is not here" in without.reason
 
 
 @pytest.mark.parametrize("kind", RESULTS)

@@ -79,7 +79,6 @@ def test_processes_share_weights_that_torch_maps_and_no_others():
         ({"engine": "torch", "compute_dtype": "int8"}, "torch does not compute in 'int8'"),
         ({"method": "sample", "engine": "ctranslate2"}, "knows no engines"),
         ({"engine": "ctranslate2", "compute_dtype": "float16"}, "does not compute in 'float16'"),
-        ({"engine": "ctranslate2", "family": "g2"}, "on CPUs only"),
     ],
 )
 def test_an_engine_that_cannot_do_it_is_refused(settings, message):
@@ -128,6 +127,11 @@ def test_a_gpu_holds_the_weights_the_cache_and_a_context():
     assert set(sized.serve.parts) == {"weights", "KV cache", "activations", "CUDA context"}
     with pytest.raises(MachineTypeError, match="a2 family"):
         size_model(UL2, family="g2")
+
+
+def test_a_gpu_computes_in_bfloat16_with_either_engine():
+    sizes = [size_model(XL, family="g2", engine=engine).serve for engine in ("torch", "ctranslate2")]
+    assert sizes[0].parts == sizes[1].parts
 
 
 def test_larger_batches_and_longer_texts_need_more():

@@ -125,22 +125,29 @@ class Contestant:
         self._process.communicate()
 
 
-def race(commands: dict[str, list], workloads: dict[str, list], new_tokens: int, held: bool) -> dict:
+def race(
+    commands: dict[str, list],
+    workloads: dict[str, list],
+    new_tokens: int,
+    environment: dict[str, str],
+    warm_up: str = "one",
+) -> dict:
     """Lets contestants take turns; returns what each said, its rates by workload, and whose tokens are equal.
 
     Args:
         commands: by the contestant's name.
         workloads: lists of prompts, by name.
         new_tokens: the most for each response.
-        held: whether libraries are held to AVX2.
+        environment: what all of them find in their environment, such as `AVX2`.
+        warm_up: the workload that each is asked first, untimed.
     """
     contestants, results = [], {}
     try:
         for name, command in commands.items():
             print(f"loading {name}", file=sys.stderr)
-            one = Contestant(name, command, AVX2 if held else {})
+            one = Contestant(name, command, environment)
             contestants.append(one)
-            one.ask(workloads["one"], 4)  # prepares kernels
+            one.ask(workloads[warm_up], 4)  # prepares kernels
             results[name] = one.said | {"tokens_per_second": {}, "equal_tokens": {}}
         first = contestants[0].name
         for workload, prompts in workloads.items():
@@ -152,6 +159,8 @@ def race(commands: dict[str, list], workloads: dict[str, list], new_tokens: int,
                     rates.setdefault(one.name, []).append(count / answer["seconds"])
                     tokens[one.name] = answer["tokens"]
                     results[one.name]["peak_bytes"] = answer["peak_bytes"]
+                    if answer["gpu_peak_bytes"]:
+                        results[one.name]["gpu_peak_bytes"] = answer["gpu_peak_bytes"]
             for name, values in rates.items():
                 results[name]["tokens_per_second"][workload] = statistics.median(values)
                 same = sum(ours == theirs for ours, theirs in zip(tokens[name], tokens[first], strict=True))
@@ -238,7 +247,7 @@ def causal(work: Path, peers: bool, held: bool) -> dict:
                 dtype,
             ]
     workloads = {"one": prompts[5:6], "32": prompts[:32]} | ({} if held else {"200": prompts})
-    return race(commands, workloads, NEW_TOKENS["causal"], held)
+    return race(commands, workloads, NEW_TOKENS["causal"], AVX2 if held else {})
 
 
 def t5(work: Path, peers: bool, held: bool) -> dict:
@@ -260,7 +269,7 @@ def t5(work: Path, peers: bool, held: bool) -> dict:
     ]  # fmt: skip
     folder = engine_folder(path, cache)
     commands["CTranslate2 alone, float32"] = [sys.executable, "plain_ctranslate2.py", folder, "float32", 1]
-    return race(commands, {"one": prompts[5:6], "32": prompts}, NEW_TOKENS["t5"], held)
+    return race(commands, {"one": prompts[5:6], "32": prompts}, NEW_TOKENS["t5"], AVX2 if held else {})
 
 
 def prefix(work: Path, peers: bool, held: bool) -> dict:
@@ -284,7 +293,7 @@ def prefix(work: Path, peers: bool, held: bool) -> dict:
     commands = ours(path, cache, held) | ours(path, cache, held, "recompute", name_more=True)
     engine_folder(path, cache)
     workloads = {"one": prompts[5:6], "32": prompts, "32 of 8 kinds": prompts[:8] * 4}
-    found = race(commands, workloads, NEW_TOKENS["causal"], held)
+    found = race(commands, workloads, NEW_TOKENS["causal"], AVX2 if held else {})
     return {name: values | {"prefix_tokens": shared} for name, values in found.items()}
 
 

@@ -1,4 +1,5 @@
-"""Writes the tables of docs/engines.md from the committed results of `tools/bench_engines.py`.
+"""Writes the tables of docs/engines.md from the committed results of `tools/bench_engines.py` and
+`tools/bench_gpu.py`.
 
 python tools/engine_tables.py
 """
@@ -16,6 +17,8 @@ SECTIONS = {
     "causal": "SmolLM2-135M-Instruct, up to 32 new tokens",
     "t5": "random weights of flan-t5-large's shape, 16 new tokens",
     "prefix": "SmolLM2-135M-Instruct with a long system prompt, up to 32 new tokens",
+    "gpu": "random weights of flan-t5-large's shape, up to 32 new tokens",
+    "gpu alone": "the same shape, with others",
 }
 KINDS = {
     "AVX512-BF16": "CPU with AVX512-BF16, without AMX",
@@ -48,19 +51,27 @@ def _table(title: str, result: dict, section: dict) -> str:
     prefix = next(iter(contestants.values())).get("prefix_tokens")
     common = f" {prefix} tokens are the same in all prompts." if prefix else ""
     last = workloads[-1]
+    threads = f"{result['threads']} threads" if "threads" in result else f"torch {result['torch']}"
+    kind = "GPU memory" if "torch" in result else "peak memory"
     lines = [
         f"### {title}",
         "",
-        f"{result['cpu']}, {result['threads']} threads, {section['date']}. Tokens a second, medians.{common}",
+        f"{result['cpu']}, {threads}, {section['date']}. Tokens a second, medians.{common}",
         "",
-        f"| computed by | {' | '.join(waiting[name] for name in workloads)} | peak memory | equal answers |",
+        f"| computed by | {' | '.join(waiting[name] for name in workloads)} | {kind} | equal answers |",
         f"|---|{'---|' * len(workloads)}---|---|",
     ]
     for name, values in contestants.items():
-        rates = " | ".join(f"{values['tokens_per_second'][one]:.3g}" for one in workloads)
-        memory = f"{values['peak_bytes'] / 1e9:.2f} GB"
+        rates = " | ".join(_rate(values["tokens_per_second"][one]) for one in workloads)
+        size = values.get("gpu_peak_bytes") if "torch" in result else values["peak_bytes"]
+        memory = f"{size / 1e9:.2f} GB" if size else "not measured"
         lines.append(f"| {_named(name, values)} | {rates} | {memory} | {values['equal_tokens'][last]:.0%} |")
     return "\n".join([*lines, ""])
+
+
+def _rate(value: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _named(name: str, values: dict) -> str:

@@ -81,6 +81,7 @@ def serve_ctranslate2(settings: dict[str, Any]) -> Callable[[], None]:
             parse((folder / DESCRIPTION).read_bytes(), folder),
             config,
             generation_config,
+            torch.device("cpu"),
             torch.get_num_threads(),
             lambda: None,
         )

@@ -235,8 +235,10 @@ class LanguageModel:
 
 def _is_broken_device(error: Exception) -> bool:
     """Whether the accelerator itself failed, rather than the prompt, and not merely for lack of memory."""
-    broken = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, broken) and not isinstance(error, torch.OutOfMemoryError)
+    if "out of memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
+        return False
+    # CTranslate2 raises a RuntimeError with CUDA's own text.
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA failed with" in str(error)
 
 
 def _repeated(encoded: dict[int, list[int]]) -> dict[int, int]:

@@ -136,8 +136,8 @@ class AnsweringOptions:
     )
     engine: str | None = option(
         None,
-        "What computes: torch, for every model and for GPUs, or ctranslate2, on CPUs. By default the one "
-        "that was measured to be faster on a CPU of this kind, for models that it takes.",
+        "What computes: torch, for every model, or ctranslate2, for some. By default the one that was "
+        "measured to be faster on a machine of this kind, where it is installed and takes the model.",
         choices=("auto", *ENGINES),
     )
     dtype: str | None = option(

@@ -114,6 +114,7 @@ class ModelSource:
                 local.file,
                 config,
                 held(settings),
+                choice.device,
                 torch.get_num_threads(),
                 lambda: self._transformers_model(choice, local.manifest),
             )

@@ -200,10 +200,10 @@ def size_model(
     if method == "sample" and (engine or compute_dtype):
         raise SizingError("The sample's method knows no engines: leave them out, or the method.")
     engine = engine or ("ctranslate2" if compute_dtype == "int8" else "torch")
-    if method == "sample" or engine != "torch":
+    if method == "sample" or (engine != "torch" and family not in machine_types.GPU_FAMILIES):
         compute_dtype = compute_dtype or "float32"
     compute_dtype = compute_dtype or compute_dtype_on(family, dtype)
-    _check_engine(engine, compute_dtype, family)
+    _check_engine(engine, compute_dtype)
     # Where weights are 8-bit integers, all else is float32.
     numbers = "float32" if compute_dtype == "int8" else compute_dtype
     workload = (batch_size, prompt_tokens, response_tokens, numbers)
@@ -286,15 +286,13 @@ def _published_bytes(config) -> int:
     return DTYPE_BYTES.get(name, 4)
 
 
-def _check_engine(engine: str, compute_dtype: str, family: str) -> None:
+def _check_engine(engine: str, compute_dtype: str) -> None:
     if engine not in ENGINES:
         raise SizingError(f"Unknown engine {engine!r}: choose one of {', '.join(ENGINES)}.")
     if compute_dtype not in ENGINES[engine]:
         raise SizingError(
             f"{engine} does not compute in {compute_dtype!r}: use {', '.join(ENGINES[engine])}."
         )
-    if engine != "torch" and family in machine_types.GPU_FAMILIES:
-        raise SizingError(f"{engine} serves on CPUs only here: choose another family than {family}.")
 
 
 def _check_workload(method: str, *counts: int) -> None:

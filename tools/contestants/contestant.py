@@ -11,6 +11,12 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 THREADS = int(os.environ["BENCH_THREADS"])
 
+BATCH = int(os.environ.get("BENCH_BATCH", "32"))
+"""The most prompts in a batch."""
+
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
+"""Where to compute: cpu or cuda."""
+
 
 def peak_bytes() -> int:
     """The most memory that this process has had, on Linux; 0 elsewhere."""
@@ -19,6 +25,13 @@ def peak_bytes() -> int:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     except OSError:
         return 0
+
+
+def gpu_peak_bytes() -> int | None:
+    """The most memory that torch has taken of a GPU; None where torch does not compute on one."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda.max_memory_reserved() if on_gpu else None
 
 
 def answer_requests(load: Callable[[], tuple[Generate, dict]]) -> None:
@@ -42,4 +55,12 @@ def answer_requests(load: Callable[[], tuple[Generate, dict]]) -> None:
         request = json.loads(line)
         began = time.perf_counter()
         tokens = generate(request["prompts"], request["new_tokens"])
-        say({"seconds": time.perf_counter() - began, "tokens": tokens, "peak_bytes": peak_bytes()})
+        seconds = time.perf_counter() - began
+        say(
+            {
+                "seconds": seconds,
+                "tokens": tokens,
+                "peak_bytes": peak_bytes(),
+                "gpu_peak_bytes": gpu_peak_bytes(),
+            }
+        )

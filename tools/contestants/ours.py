@@ -7,7 +7,7 @@ that they come as token ids.
 import sys
 
 import torch
-from contestant import THREADS, answer_requests
+from contestant import BATCH, DEVICE, THREADS, answer_requests
 
 from helpers.model_handler import AnsweringOptions
 from helpers.model_handler.language_model import LanguageModel
@@ -30,7 +30,7 @@ class Encoded(LanguageModel):
 def load():
     state_dict, engine, dtype, cache = sys.argv[1:5]
     torch.set_num_threads(THREADS)
-    loaded, _ = ModelSource(state_dict, engine=engine, dtype=dtype, cache_dir=cache).load()
+    loaded, _ = ModelSource(state_dict, engine=engine, dtype=dtype, device=DEVICE, cache_dir=cache).load()
     model = Encoded(loaded.engine, loaded.tokenizer)
     computed = model.engine.generate
 
@@ -42,7 +42,12 @@ def load():
 
     def generate(prompts, new_tokens):
         model.prompts, model.tokens = prompts, {}
-        options = AnsweringOptions(max_response_tokens=new_tokens, recompute=sys.argv[5:] == ["recompute"])
+        options = AnsweringOptions(
+            max_response_tokens=new_tokens,
+            max_batch_size=BATCH,
+            max_batch_tokens=1024 * BATCH,
+            recompute=sys.argv[5:] == ["recompute"],
+        )
         answers = model.ask([str(number) for number in range(len(prompts))], options)
         assert all(hasattr(answer, "text") for answer in answers), answers
         return [model.tokens[tuple(prompt)] for prompt in prompts]

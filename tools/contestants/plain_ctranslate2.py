@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 
 import ctranslate2
-from contestant import THREADS, answer_requests
-
-BATCH = 32
+from contestant import BATCH, DEVICE, THREADS, answer_requests
 
 
 def load():
@@ -15,7 +13,7 @@ def load():
     kind = "int8_float32" if dtype == "int8" else dtype
     is_encoder_decoder = "decoder_start_token" in json.loads(Path(folder, "config.json").read_text())
     engine = (ctranslate2.Translator if is_encoder_decoder else ctranslate2.Generator)(
-        folder, compute_type=kind, intra_threads=THREADS
+        folder, device=DEVICE, compute_type=kind, intra_threads=THREADS
     )
     shared = {"beam_size": 1, "end_token": ends, "return_end_token": True, "max_batch_size": BATCH}
 

@@ -1,15 +1,13 @@
 """transformers as its documentation shows it: plain_transformers.py CHECKPOINT DTYPE
 
-All prompts in one padded batch, 32 at a time.
+Prompts in padded batches, in the order that they come in.
 """
 
 import sys
 
 import torch
 import transformers
-from contestant import THREADS, answer_requests
-
-BATCH = 32
+from contestant import BATCH, DEVICE, THREADS, answer_requests
 
 
 def load():
@@ -19,7 +17,7 @@ def load():
     kind = (
         transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     )
-    model = kind.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    model = kind.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval().to(DEVICE)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     pad = model.generation_config.pad_token_id or 0
@@ -39,8 +37,8 @@ def load():
         ]
         with torch.inference_mode():
             output = model.generate(
-                input_ids=torch.tensor(rows),
-                attention_mask=torch.tensor(masks),
+                input_ids=torch.tensor(rows, device=DEVICE),
+                attention_mask=torch.tensor(masks, device=DEVICE),
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

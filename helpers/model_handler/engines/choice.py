@@ -1,9 +1,10 @@
 """Which engine computes, and in what: what was asked for, or what was measured to be faster.
 
-The rule of `auto`: a machine that computes in bfloat16 (or has a GPU) uses torch; an x86 machine that does
-not, or is to compute in float32, uses CTranslate2, for the models that it takes. The tables that this rests
-on are in `docs/engines.md`, measured with `make bench-engines`. Nothing was measured on CPUs with AMX, on
-those with AVX512 and no bfloat16, on ARM or on GPUs: there, the rule is only carried over.
+The rule of `auto`: a GPU that computes in bfloat16 uses CTranslate2 where its libraries are there, and a CPU
+that does uses torch; an x86 CPU that does not, or is to compute in float32, uses CTranslate2. Models that
+CTranslate2 does not take use torch. The tables that this rests on are in `docs/engines.md`, measured with
+`make bench-engines` and, on an H100, with `tools/bench_gpu.py`. Nothing was measured on CPUs with AMX, on
+those with AVX512 and no bfloat16, on ARM or on other GPUs: there, the rule is only carried over.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from helpers.load_state_dict.engine_file import ENGINE_DTYPES
 from helpers.load_state_dict.engine_file.description import engine_version
 from helpers.load_state_dict.mapped_model import LoadError
-from helpers.model_handler.engines.ctranslate2_engine import computes_in
+from helpers.model_handler.engines.ctranslate2_engine import COMPUTE_TYPES, computes_in, why_not_on_gpu
 from helpers.model_handler.hardware import choose_device, choose_dtype
 from helpers.models.dtypes import DTYPES, dtype_name
 
@@ -68,23 +69,37 @@ def choose(
             raise LoadError(f"{'int8' if dtype == 'int8' else 'ctranslate2'} was asked for, but {why_open}")
         if dtype not in ("auto", *ENGINE_DTYPES):
             raise LoadError(f"ctranslate2 does not compute in {dtype} here: use {', '.join(ENGINE_DTYPES)}.")
-        if dtype != "auto" and not computes_in(dtype):  # before its file is made
-            raise LoadError(f"ctranslate2 does not compute in {dtype} on this CPU: use float32 or int8.")
-        return Choice("ctranslate2", place, "float32" if dtype == "auto" else dtype, "asked for", True)
+        if dtype == "auto":
+            on_gpu = place.type == "cuda" and computes_in("bfloat16", "cuda")
+            return Choice("ctranslate2", place, "bfloat16" if on_gpu else "float32", "asked for", True)
+        if not computes_in(dtype, place.type):  # before its file is made
+            others = [name for name in COMPUTE_TYPES[place.type] if computes_in(name, place.type)]
+            raise LoadError(
+                f"ctranslate2 does not compute in {dtype} on this {place.type}: use {' or '.join(others)}"
+                f"{', or device cpu' if place.type == 'cuda' else ''}."
+            )
+        return Choice("ctranslate2", place, dtype, "asked for", True)
     if dtype not in ("auto", *DTYPES):
         raise LoadError(f"dtype {dtype!r} is not supported: use auto, {', '.join(DTYPES)}, int8.")
     chosen, reason = choose_dtype(place, dtype)
-    if engine == "auto" and not why_open and chosen == torch.float32 and _is_x86():
-        return Choice("ctranslate2", place, "float32", f"{reason}, and ctranslate2 is faster in float32")
-    return Choice("torch", place, dtype_name(chosen), reason)
+    name = dtype_name(chosen)
+    if engine == "auto" and _is_faster_with_ctranslate2(place, name):
+        if not why_open:
+            return Choice("ctranslate2", place, name, f"{reason}, and ctranslate2 is faster in {name} there")
+        reason = f"{reason}; {why_open}"
+    return Choice("torch", place, name, reason)
+
+
+def _is_faster_with_ctranslate2(device: torch.device, dtype: str) -> bool:
+    return dtype == "bfloat16" if device.type == "cuda" else dtype == "float32" and _is_x86()
 
 
 def _why_not_ctranslate2(device: torch.device) -> str:
     if engine_version() is None:
         return "ctranslate2 is not installed: `pip install ctranslate2`, or use engine torch."
-    if device.type != "cpu":
-        return f"ctranslate2 is used on CPUs only here: use device cpu, or engine torch, not {device}."
-    return ""
+    if device.type not in COMPUTE_TYPES:
+        return f"ctranslate2 computes on CPUs and NVIDIA GPUs, not on {device}: use engine torch."
+    return why_not_on_gpu() if device.type == "cuda" else ""
 
 
 def _is_x86() -> bool:

@@ -1,10 +1,15 @@
-"""CTranslate2 as the engine: faster than torch on CPUs without bfloat16, and in 8-bit integers on all.
+"""CTranslate2 as the engine: faster than torch on GPUs and on CPUs without bfloat16, and in 8-bit integers on
+all.
 
-Its file is read into this process's own memory: unlike torch's mapped weights, processes do not share it.
+Its file is read into this process's own memory, or the GPU's: unlike torch's mapped weights, processes do not
+share it. On a GPU it computes with CUDA 12's cuBLAS, which is a package of its own.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -26,19 +31,28 @@ if TYPE_CHECKING:
 
     from helpers.model_handler.options import AnsweringOptions
 
-COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_float32"}
-"""CTranslate2's names for the dtypes. Where weights are 8-bit integers, everything else is float32."""
+COMPUTE_TYPES = {
+    "cpu": {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_float32"},
+    "cuda": {"float32": "float32", "bfloat16": "bfloat16"},
+}
+"""CTranslate2's names for the dtypes, by the kind of device. Where weights are 8-bit integers, all else is
+float32. Not on GPUs: there it is no faster than bfloat16 (measured on an H100), and its log-probabilities for
+tiny models were far off."""
 
 # How far the log-probabilities of a sample's tokens may be from transformers', in their standard deviations.
 # Measured: 3e-5 and less in float32 (SmolLM2-135M, shapes of flan-t5, tiny models of each kind); 0.2 in int8
-# (SmolLM2-135M). What has nothing to do with the model is 1.1 away.
-TOLERANCE = {"float32": 0.01, "bfloat16": 0.15, "int8": 0.6}
+# (SmolLM2-135M), and 0.16 in bfloat16 on a GPU (random weights of SmolLM2-1.7B's shape). What has nothing to
+# do with the model is 1.1 away.
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.3, "int8": 0.6}
 LEAST_DEVIATION = 0.1
 """Random weights find all tokens alike: of those, less than this is no difference."""
 
-STEP_ROWS = 16
+STEP_ROWS = {"cpu": 16, "cuda": 4096}
 """What a step costs besides its rows, in rows. Measured with SmolLM2-135M in float32 on two cores with
-AVX512-BF16: some 8 on an idle machine, and up to 38 on a busy one."""
+AVX512-BF16: some 8 on an idle machine, and up to 38 on a busy one. On an H100, a step of 128 rows takes no
+longer than one of a single row."""
+
+CUBLAS = "libcublas.so.12"
 
 # Settings of the publisher's that mean the same here as in transformers. Others may, which nobody has shown.
 _UNDERSTOOD = frozenset(
@@ -77,7 +91,8 @@ class CTranslate2Engine:
         file: its description.
         config: the model's.
         generation_config: the publisher's settings that hold.
-        threads: to compute with.
+        device: a CPU or an NVIDIA GPU.
+        threads: to compute with, on a CPU.
         load_model: loads the transformers model of the same state dict.
 
     Raises:
@@ -86,7 +101,6 @@ class CTranslate2Engine:
     """
 
     name = "ctranslate2"
-    device = "cpu"
 
     def __init__(
         self,
@@ -94,12 +108,15 @@ class CTranslate2Engine:
         file: EngineFile,
         config: PretrainedConfig,
         generation_config: GenerationConfig,
+        device: torch.device,
         threads: int,
         load_model: Callable[[], PreTrainedModel],
     ) -> None:
         import ctranslate2
 
         self.dtype = file.dtype
+        self.device = str(device)
+        self._step_rows = STEP_ROWS[device.type]
         self.config = config
         self.generation_config = generation_config
         self._load_model = load_model
@@ -117,7 +134,11 @@ class CTranslate2Engine:
         kind = ctranslate2.Translator if self._is_encoder_decoder else ctranslate2.Generator
         try:
             self._engine = kind(
-                str(folder), device="cpu", compute_type=COMPUTE_TYPES[file.dtype], intra_threads=threads
+                str(folder),
+                device=device.type,
+                device_index=device.index or 0,
+                compute_type=COMPUTE_TYPES[device.type][file.dtype],
+                intra_threads=threads,
             )
             self.rows = len(json.loads(next(folder.glob("*vocabulary.json")).read_text()))
             difference = self._difference_from(file)
@@ -176,7 +197,7 @@ class CTranslate2Engine:
             )
             return [[int(token) for token in result.hypotheses[0]] for result in results]
         found: dict[int, list[int]] = {}
-        for rows in groups_by_length([len(prompt) for prompt in prompts], longest):
+        for rows in groups_by_length([len(prompt) for prompt in prompts], longest, self._step_rows):
             results = self._engine.generate_batch(
                 [texts[row][prefix_tokens:] for row in rows],
                 max_length=longest,
@@ -212,17 +233,18 @@ class CTranslate2Engine:
         return float((torch.tensor(ours) - theirs).abs().mean()) / deviation
 
 
-def groups_by_length(lengths: Sequence[int], response_tokens: int) -> list[list[int]]:
+def groups_by_length(lengths: Sequence[int], response_tokens: int, step_rows: int) -> list[list[int]]:
     """Which prompts of a batch are best computed together.
 
     CTranslate2 reads prompts together only up to the end of the shortest, and the rest of the longer ones a
     token a step, as if it generated them. So a group takes as many steps as its lengths differ by, and those
-    of a response. A step's time is that of so many rows, and of `STEP_ROWS` more: the weights are read
+    of a response. A step's time is that of so many rows, and of `step_rows` more: the weights are read
     whatever the number of rows.
 
     Args:
         lengths: the tokens of each prompt.
         response_tokens: the most in a response.
+        step_rows: see `STEP_ROWS`.
 
     Returns:
         The indices of each group's prompts: the division that takes the least time.
@@ -237,7 +259,7 @@ def groups_by_length(lengths: Sequence[int], response_tokens: int) -> list[list[
                 (
                     best[start][0]
                     + (lengths[order[end - 1]] - lengths[order[start]] + response_tokens)
-                    * (end - start + STEP_ROWS),
+                    * (end - start + step_rows),
                     start,
                 )
                 for start in range(end)
@@ -251,15 +273,44 @@ def groups_by_length(lengths: Sequence[int], response_tokens: int) -> list[list[
     return groups
 
 
-def computes_in(dtype: str) -> bool:
-    """Whether CTranslate2 computes in a dtype on this CPU."""
+def computes_in(dtype: str, device: str = "cpu") -> bool:
+    """Whether CTranslate2 computes in a dtype on this machine's CPU, or its GPU (`cuda`)."""
     try:
         import ctranslate2
     except Exception as error:  # a build for another CPU or Python fails in ways of its own
         raise LoadError(
             f"ctranslate2 cannot be imported ({first_line(error)}): install it again, or use engine torch."
         ) from error
-    return COMPUTE_TYPES[dtype] in ctranslate2.get_supported_compute_types("cpu")
+    return COMPUTE_TYPES[device].get(dtype) in ctranslate2.get_supported_compute_types(device)
+
+
+@functools.cache
+def why_not_on_gpu() -> str:
+    """Why CTranslate2 cannot compute on this machine's GPUs; empty if it can.
+
+    It looks for cuBLAS by the name of the library alone. The packages of CUDA are in no folder that would be
+    searched, so that the library is loaded here first.
+    """
+    try:
+        import ctranslate2
+
+        if not ctranslate2.get_cuda_device_count():
+            return "this build of ctranslate2 finds no GPU: use engine torch."
+    except Exception as error:  # a build for another CPU, or a driver that is too old
+        return f"ctranslate2 finds no GPU that it can use ({first_line(error)}): use engine torch."
+    try:
+        ctypes.CDLL(CUBLAS)
+    except OSError:
+        try:
+            folder = next(iter(importlib.util.find_spec("nvidia.cublas").submodule_search_locations))
+            for name in ("libcublasLt.so.12", CUBLAS):
+                ctypes.CDLL(str(Path(folder, "lib", name)), mode=ctypes.RTLD_GLOBAL)
+        except (AttributeError, ImportError, OSError, StopIteration):
+            return (
+                "ctranslate2 needs CUDA 12's cuBLAS on a GPU, which is not here: `pip install "
+                "nvidia-cublas-cu12` (600 MB, NVIDIA's own licence), or use engine torch."
+            )
+    return ""
 
 
 def why_not(options: AnsweringOptions) -> str:
