@@ -188,7 +188,7 @@ def bench_batches(prompts: int, folder: Path) -> dict:
     from helpers.model_handler import AnsweringOptions, LanguageModelHandler
     from helpers.model_handler.served_model import ModelSource
     from helpers.models import DEFAULT_MODEL
-    from helpers.pipeline.stream import AskModel
+    from helpers.pipeline import AskModel
 
     path, cache = str(folder / "packaged.pt"), str(folder / "cache")
     convert(DEFAULT_MODEL, path, progress=False)
