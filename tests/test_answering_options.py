@@ -26,6 +26,13 @@ DEFAULTS = {one.name: one.default for one in fields(AnsweringOptions)}
 
 # A value other than the default, as a command line has it and as Python does.
 OTHER = {
+    "system_prompt": ("Be brief.", "Be brief."),
+    "template": ("Translate: {text}", "Translate: {text}"),
+    "prompt_format": ("conversation", "conversation"),
+    "answer_format": ("record", "record"),
+    "answer_schema": ('{"type": "object"}', '{"type": "object"}'),
+    "ask_again": ("", True),
+    "max_response_seconds": ("20", 20.0),
     "max_response_tokens": ("7", 7),
     "max_prompt_tokens": ("100", 100),
     "truncate": ("", True),
@@ -43,6 +50,8 @@ OTHER = {
     "reload_seconds": ("60", 60.0),
     "cache_dir": ("cache", "cache"),
 }
+# What an option needs beside it.
+BESIDE = {"ask_again": {"answer_schema": '{"type": "object"}'}}
 ENTRANCES = (LanguageModelHandler, AskModel, AskMessages, pipeline.build, dataflow.submit, dataflow.preflight)
 REQUIRED = ["--messages-topic=t", "--responses-topic=r", "--state-dict-path=p.pt", "--model-name=m"]
 
@@ -127,7 +136,13 @@ def test_each_option_reaches_a_job_from_python_and_from_the_command_line_alike(n
         "responses_topic": "projects/my-project/topics/r",
     }
     dataflow.submit(
-        job_name="a-job", model_name=model_name, state_dict_path=path, **where, **streams, **{name: value}
+        job_name="a-job",
+        model_name=model_name,
+        state_dict_path=path,
+        **where,
+        **streams,
+        **{name: value},
+        **BESIDE.get(name, {}),
     )
     flag = f"--{name.replace('_', '-')}"
     pipeline.run(
@@ -136,6 +151,7 @@ def test_each_option_reaches_a_job_from_python_and_from_the_command_line_alike(n
             f"--model-name={model_name}",
             f"--state-dict-path={path}",
             f"{flag}={text}" if text else flag,
+            *(f"--{other.replace('_', '-')}={given}" for other, given in BESIDE.get(name, {}).items()),
             "--runner=DataflowRunner",
             *("--project=my-project", "--region=us-central1", "--temp_location=gs://bucket/temp"),
             "--job_name=a-job",

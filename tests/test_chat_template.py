@@ -36,6 +36,10 @@ def load(tmp_path, template: str | None = None, change=None):
     return ModelSource(str(tmp_path / "m.pt"), cache_dir=str(tmp_path / "cache")).load()[0]
 
 
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 def tokenizer_of(tmp_path, template: str):
     save_checkpoint("llama", tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
@@ -53,11 +57,11 @@ def test_a_template_is_rendered_as_transformers_renders_it(tmp_path):
     expected = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
-    assert ChatTemplate(tokenizer).render(prompt, 10_000) == expected
+    assert ChatTemplate(tokenizer).render(said(prompt), 10_000) == expected
     template = ChatTemplate(tokenizer)
     started = time.monotonic()
     for _ in range(200):
-        template.render("Hi", 10_000)
+        template.render(said("Hi"), 10_000)
     assert time.monotonic() - started < 10, "a prompt must not wait for its template"
 
 
@@ -78,7 +82,7 @@ def test_a_template_that_exceeds_fails_its_prompt(template, error, tmp_path, mon
     hostile = ChatTemplate(tokenizer_of(tmp_path, template))
     for _ in range(2):  # the second has a process that lives, too
         with pytest.raises(TemplateError, match=error):
-            hostile.render("Hi", 10_000)
+            hostile.render(said("Hi"), 10_000)
 
 
 def test_one_prompt_that_makes_its_template_loop_costs_the_others_nothing(tmp_path, monkeypatch):
@@ -98,7 +102,7 @@ def test_one_prompt_that_makes_its_template_loop_costs_the_others_nothing(tmp_pa
 def test_the_process_ends_with_its_template_and_with_its_parent(tmp_path):
     tokenizer = tokenizer_of(tmp_path, "x")
     template = ChatTemplate(tokenizer)
-    template.render("Hi", 100)
+    template.render(said("Hi"), 100)
     process = psutil.Process(template._process._process.pid)
     del template
     assert not process.is_running()
@@ -108,7 +112,7 @@ def test_the_process_ends_with_its_template_and_with_its_parent(tmp_path):
         "from helpers.model_handler.chat_template import ChatTemplate\n"
         f"t = AutoTokenizer.from_pretrained({str(tmp_path / 'm')!r})\n"
         "t.chat_template = '{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}'\n"
-        "c = ChatTemplate(t); print(c._process._process.pid, flush=True); c.render('Hi', 9)\n"
+        "c = ChatTemplate(t); print(c._process._process.pid, flush=True); c.render([], 9)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}

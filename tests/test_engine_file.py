@@ -278,7 +278,7 @@ def test_sampling_draws_from_the_same_distribution(state_dict, tmp_path):
     for engine in ("torch", "ctranslate2"):
         model = load(state_dict, tmp_path / "cache", engine=engine)
         ids = model.encode(PROMPTS[1], options)
-        drawn = [token for _ in range(8) for (token,) in model.engine.generate([ids] * 500, options)]
+        drawn = [token for _ in range(8) for (token,), _ in model.engine.generate([ids] * 500, options)]
         counts.append(torch.bincount(torch.tensor(drawn), minlength=model.engine.rows) / len(drawn))
     assert (counts[0] > 0.02).sum() > 3
     assert float((counts[0] - counts[1]).abs().sum()) / 2 < 0.06
@@ -293,7 +293,10 @@ def test_a_prefix_that_all_prompts_share_changes_no_answer(state_dict, tmp_path)
     prompts = [f"{n}?" * (1 + n % 5) for n in range(24)]
     for engine in ("torch", "ctranslate2"):
         model = load(str(tmp_path / "system.pt"), tmp_path / "cache", engine=engine)
-        assert model._encoder.prefix_tokens([model.encode(prompt) for prompt in prompts]) > 60
+        assert (
+            model._encoder.prefix_tokens([model.encode(prompt) for prompt in prompts], AnsweringOptions())
+            > 60
+        )
         kept = model.ask(prompts, OPTIONS)
         assert engine != "torch" or model.engine._prefix._state is not None
         assert model.ask(prompts, AnsweringOptions(max_response_tokens=8, recompute=True)) == kept

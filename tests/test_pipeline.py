@@ -1,9 +1,12 @@
 """Pub/Sub messages through the pipeline: each comes out once, as a response or a dead letter, with its id."""
 
+import json
 import sys
+from pathlib import Path
 from unittest import mock
 
 import apache_beam as beam
+import jsonschema
 import pytest
 from apache_beam.io.gcp.pubsub import PubsubMessage
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -14,10 +17,14 @@ from hypothesis import strategies as st
 from tiny_models import save_checkpoint
 
 from helpers.load_state_dict import convert
-from helpers.pipeline import AskModel
+from helpers.model_handler import Response
+from helpers.pipeline import AskModel, transforms
 from helpers.pipeline.__main__ import main
 from helpers.pipeline.command_line import check_beam_arguments, parser
 from helpers.pipeline.transforms import MAX_ATTRIBUTES, AskMessages, FailedPrompt, to_dead_letter, to_response
+
+RESPONSE = Response("text", 3, 2, "length")
+SCHEMAS = Path(transforms.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +200,12 @@ def test_a_session_that_grew_keeps_its_window(model):
 def test_nothing_is_sent_that_pubsub_refuses():
     """Otherwise publishing it would fail, and be retried, for ever."""
     attributes = {"googclient_deliveryattempt": "2", "own": "kept"}
-    response = to_response((PubsubMessage(b"Hi", attributes, "1"), "text"), "model")
+    response = to_response((PubsubMessage(b"Hi", attributes, "1"), RESPONSE), "model", "text")
     assert response.attributes["own"] == "kept"
     assert response.attributes["attributes_left_out"] == "1"
     assert not [name for name in response.attributes if name.startswith("goog")]
-    largest = PubsubMessage(b"\xff" * 9_999_000, {"a": "b" * 900}, "1")
-    letter = to_dead_letter(FailedPrompt((largest, ""), "e" * 2000), "model")
+    largest = PubsubMessage(b"\xff" * 9_999_000, {"a": "b" * 900}, "1", ordering_key="k" * 1024)
+    letter = to_dead_letter(FailedPrompt((largest, ""), "e" * 2000, "length", "a" * 2000), "model")
     size = len(letter.data) + sum(len(f"{name}{value}") for name, value in letter.attributes.items())
     assert size < 10_000_000
     assert int(letter.attributes["data_bytes_cut"]) == len(largest.data) - len(letter.data) > 0
@@ -208,10 +215,51 @@ def test_errors_longer_than_an_attribute_may_be_are_cut():
     message = PubsubMessage(b"Hi", None, "1")
     letter = to_dead_letter(FailedPrompt((message, "Hi"), "é" * 2000), "model")
     assert len(letter.attributes["error"].encode()) <= 1024
-    assert to_response((message, "text"), "model").attributes == {
+    assert to_response((message, RESPONSE), "model", "text").attributes == {
         "prompt_message_id": "1",
         "model_name": "model",
+        "finish_reason": "length",
+        "prompt_tokens": "3",
+        "response_tokens": "2",
     }
+
+
+def test_a_record_says_all_and_fits_both_schemas():
+    message = PubsubMessage("é".encode(), {"user": "7", "googx": "y"}, "1", ordering_key="k")
+    response = to_response((message, RESPONSE), "model", "record")
+    record = json.loads(response.data)
+    assert record == {
+        "prompt_message_id": "1",
+        "answer": "text",
+        "model_name": "model",
+        "finish_reason": "length",
+        "prompt_tokens": 3,
+        "response_tokens": 2,
+        "ordering_key": "k",
+        "attributes": [{"name": "user", "value": "7"}],
+    }
+    assert response.attributes["ordering_key"] == "k"
+    assert response.attributes["user"] == "7"
+    schema = json.loads((SCHEMAS / "answer_record.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(record, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(record | {"finish_reason": "tired"}, schema)
+    columns = json.loads((SCHEMAS / "answer_record.bigquery.json").read_text())
+    assert [column["name"] for column in columns] == list(record)
+    kinds = {"STRING": "string", "INTEGER": "integer", "RECORD": "array"}
+    for column in columns:
+        described = schema["properties"][column["name"]]
+        assert described["type"] == kinds[column["type"]]
+        assert described["description"] == column["description"]
+        # What BigQuery's client makes of it is the same again: names, types and modes are its own.
+        assert bigquery_field(column) == column
+
+
+def bigquery_field(column: dict) -> dict:
+    from google.cloud.bigquery import SchemaField
+
+    return SchemaField.from_api_repr(column).to_api_repr()
 
 
 REQUIRED = ["--messages-topic=t", "--responses-topic=r", "--state-dict-path=p", "--model-name=m"]

@@ -70,8 +70,8 @@ def load_ours(state_dict_path: str, cache: str):
 
         def answer(tokens: list[int]) -> None:
             [response] = engine.generate([tokens], options)
-            if len(response) != RESPONSE_TOKENS:  # random weights hardly ever say that they have ended
-                raise RuntimeError(f"a response of {len(response)} tokens has no rate to compare")
+            if len(response.tokens) != RESPONSE_TOKENS:  # random weights hardly ever say that they have ended
+                raise RuntimeError(f"a response of {len(response.tokens)} tokens has no rate to compare")
 
         return answer, f"{engine.name}, {engine.dtype}"
 

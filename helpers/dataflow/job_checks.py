@@ -37,6 +37,7 @@ from helpers.files import storage
 from helpers.load_state_dict import Manifest, check_companions, read_manifest
 from helpers.model_handler import AnsweringOptions
 from helpers.model_handler.options import answering_options, takes_options
+from helpers.model_handler.prompt_check import check_around_prompts
 from helpers.models import ModelError
 from helpers.pipeline import CommandLineError
 from helpers.pipeline.command_line import parse, parser
@@ -93,6 +94,7 @@ def preflight(
     findings += manifest_findings
     if manifest:
         findings += _machine(state_dict_path, manifest, machine_type, answering)
+        findings += _prompts(state_dict_path, answering)
     if image:
         findings.append(_image(image))
     if job_name:
@@ -187,6 +189,15 @@ def _machine(
         )
     else:
         yield Finding(subject, detail=f"{needed / 1e9:.1f} of {usable / 1e9:.1f} GB")
+
+
+def _prompts(path: str, answering: AnsweringOptions) -> Iterator[Finding]:
+    """Whether the model can be asked as the options say; nothing where they say nothing."""
+    try:
+        if check_around_prompts(path, answering):
+            yield Finding("system prompt and template", detail="they leave room for prompts")
+    except (OSError, ValueError) as error:
+        yield Finding("system prompt and template", MISS, str(error), "change them, or the prompt format")
 
 
 def _image(image: str) -> Finding:

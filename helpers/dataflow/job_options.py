@@ -45,6 +45,10 @@ MINIMUM_WORKER_DISK_GB = 30
 WORKER_DISK_STEP_GB = 10
 ACCELERATOR = "worker_accelerator"
 
+STALLED_MINUTES = 60
+"""After so long in one step, loading a model included, Beam ends a worker's process, and its messages are
+tried again in a new one: what hangs in a library's own code cannot be ended otherwise."""
+
 
 class OptionError(ValueError):
     """Invalid or conflicting options; the message says what to do."""
@@ -94,6 +98,8 @@ def set_defaults(
     _set_processes(options.view_as(DebugOptions))
     _set_delivery(cloud, exactly_once)
     _set_scaling(worker)
+    if worker.element_processing_timeout_minutes is None:
+        worker.element_processing_timeout_minutes = STALLED_MINUTES
     worker.disk_size_gb = worker.disk_size_gb or disk_gb(
         manifest, worker.machine_type, computing(answering)["compute_dtype"]
     )

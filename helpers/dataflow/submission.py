@@ -13,6 +13,7 @@ from helpers.dataflow import job_guard, job_options
 from helpers.dataflow.job import Job
 from helpers.dataflow.job_list import check_name
 from helpers.model_handler.options import NAMES, answering_options
+from helpers.model_handler.prompt_check import check_around_prompts
 from helpers.pipeline.stream import CommandLineError, start
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def submit(
         JobError: the job's name is in use, or there is no job of this name to update.
         TypeError, ValueError: there is no such answering option, or it is out of its range.
         OptionError, MachineTypeError, ModelError, SizingError: options or models that no worker can serve.
+        PromptError: the model cannot be asked as the options say.
         WrongModelError: the state dict was made from another model.
         FileNotFoundError, PermissionError, StorageError: the state dict cannot be read.
     """
@@ -63,6 +65,7 @@ def submit(
             exactly_once=exactly_once,
             max_run_minutes=max_run_minutes,
         )
+        check_around_prompts(arguments["state_dict_path"], options)
         if not helpers_in_image:
             job_options.stage_helpers(beam_options, folder, options)
         if is_submitted:

@@ -105,7 +105,7 @@ def _tokens(model: LanguageModel, prompts: Sequence[str], options: AnsweringOpti
     lengths = {index: len(ids) for index, ids in enumerate(encoded)}
     for batch in batches_by_length(lengths, options.max_batch_size, options.max_batch_tokens):
         responses = model.engine.generate([encoded[index] for index in batch], options)
-        found |= zip(batch, responses, strict=True)
+        found |= zip(batch, (response.tokens for response in responses), strict=True)
     return [found[index] for index in range(len(prompts))]
 
 

@@ -8,11 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Response:
-    """A model's answer to one prompt, with the tokens of both."""
+    """A model's answer to one prompt.
+
+    Attributes:
+        text: what it says.
+        prompt_tokens: the tokens of what was asked, with all that surrounds it.
+        response_tokens: the tokens generated.
+        finish_reason: why it ends: `stop` for the model's own end, `length` for max_response_tokens.
+        was_asked_again: whether it is the second answer, after one that did not fit the schema.
+    """
 
     text: str
     prompt_tokens: int
     response_tokens: int
+    finish_reason: str = "stop"
+    was_asked_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,18 +44,32 @@ class Batch:
     seconds: float
 
     @classmethod
-    def of(cls, prompts: Sequence[list[int]], responses: Sequence[Response], seconds: float) -> Batch:
+    def of(
+        cls, prompts: Sequence[list[int]], responses: Sequence[Response | Failure], seconds: float
+    ) -> Batch:
         """Sums up a batch of encoded prompts and their responses."""
         tokens = sum(map(len, prompts))
+        generated = sum(one.response_tokens for one in responses if isinstance(one, Response))
         padding = len(prompts) * max(map(len, prompts)) - tokens
-        return cls(len(prompts), tokens, padding, sum(r.response_tokens for r in responses), seconds)
+        return cls(len(prompts), tokens, padding, generated, seconds)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a prompt has no response."""
+    """Why a prompt has no response.
+
+    Attributes:
+        error: the reason.
+        finish_reason: `time` if the response was not complete in time; else, where there was a response, why
+            that ended.
+        answer: what the model said, if that did not fit the schema.
+        was_asked_again: whether that is its second answer.
+    """
 
     error: str
+    finish_reason: str = ""
+    answer: str | None = None
+    was_asked_again: bool = False
 
 
 def batches_by_length(

@@ -54,20 +54,17 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._process = _Process(self._start)
 
-    def render(self, prompt: str, most_characters: int) -> str:
-        """The template's text around a prompt, up to where the model's answer begins.
+    def render(self, turns: list[dict[str, str]], most_characters: int) -> str:
+        """The template's text of a conversation, up to where the model's answer begins.
 
         Args:
-            prompt: what the user says.
+            turns: what was said, each with its `role` and `content`.
             most_characters: the most that the text may have.
 
         Raises:
             TemplateError: the template cannot be rendered for this prompt, or not within the limits.
         """
-        request = {
-            "messages": [{"role": "user", "content": prompt}],
-            "most_characters": most_characters,
-        }
+        request = {"messages": turns, "most_characters": most_characters}
         with self._lock:
             if not self._process.is_alive():
                 self._process = _Process(self._start)

@@ -1,9 +1,10 @@
-"""Prompts to token ids: with the chat template around them, within the limits of the model and the
-options."""
+"""Prompts to token ids: with the instruction and the chat template around them, within the limits of the
+model and the options."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from helpers.model_handler.chat_template import ChatTemplate, TemplateError
+from helpers.model_handler.prompts import CONVERSATION, RECORD, Prompt, PromptError, Request, parse_template
 from helpers.models.architecture import positions_of
 from helpers.models.error_text import first_line
 from helpers.models.model_error import ModelError
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from helpers.model_handler.options import AnsweringOptions
+
+log = logging.getLogger(__name__)
 
 # A tokenizer without a limit reports a number larger than this.
 NO_LIMIT = 10**6
@@ -37,12 +41,11 @@ MOST_GROWTH = 1000
 LEAST_PREFIX_TOKENS = 8
 """The fewest tokens at the beginning of all prompts whose computing is worth sparing."""
 
+NOTICED = "Zx9"
+"""A system prompt that no template says by itself."""
+
 DIFFERENT_PROMPTS = ("Why?", "7 of them", "é", " x", "\n-")
 """Prompts that begin differently, in every way that a template may look at."""
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be asked."""
 
 
 class Encoder:
@@ -65,6 +68,7 @@ class Encoder:
         self._is_encoder_decoder = is_encoder_decoder
         _check_growth(tokenizer)
         self._template = self._chat_template()
+        self._prefixes: dict[tuple, list[int]] = {}
 
     def _chat_template(self) -> ChatTemplate | None:
         from transformers import PreTrainedTokenizerBase
@@ -85,67 +89,125 @@ class Encoder:
         byte."""
         return max((len(token) for token in self._tokenizer.get_vocab()), default=1)
 
-    def encode(self, prompt: str, options: AnsweringOptions) -> list[int]:
-        """A prompt's token ids, with the chat template around it where the model has one.
+    def encode(self, prompt: Prompt, options: AnsweringOptions) -> list[int]:
+        """A prompt's token ids, with the chat template around it where the model has one. Without one, the
+        system prompt stands before the prompt.
 
         Raises:
-            PromptError: the prompt is empty, is not text, or is longer than allowed.
+            PromptError: the prompt is empty, of no kind that can be asked, or longer than allowed.
         """
-        if not isinstance(prompt, str):
-            raise PromptError(f"the prompt is {type(prompt).__name__}, not text")
-        if not prompt.strip():
-            raise PromptError("the prompt is empty")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(f"the prompt is not valid Unicode: {error}") from error
+        request = _request(prompt, options)
+        if request.is_conversation and not self._has_template:
+            raise PromptError("the model has no chat template: it answers single prompts, no conversations")
         limit, room = self.limit(options), options.max_batch_tokens - options.max_response_tokens
         most = min(limit or room, room)
         # Tokenizing takes seconds a megabyte, while other prompts wait: text that cannot fit is not
         # tokenized.
-        if len(prompt) > most * self._longest_token:
+        characters = most * self._longest_token
+
+        def is_far_too_long() -> bool:
+            turns = request.turns()
+            return len(turns) > most + 2 or _characters(turns) > characters
+
+        if is_far_too_long():
             if not options.truncate:
+                size = _characters(request.turns())
                 raise PromptError(
-                    f"the prompt has {len(prompt):,} characters, too many by far: the limit is {most} tokens"
+                    f"the prompt has {size:,} characters, too many by far: the limit is {most} tokens"
                 )
-            prompt = prompt[: most * self._longest_token]
-        ids = self._tokenize(prompt, most)
+            request.drop_oldest(until=lambda: not is_far_too_long())
+            request.text = request.text[:characters]
+        ids = self._tokenize(request.turns(), most)
         limit = most if options.truncate else limit
         if limit is None or len(ids) <= limit:
             return ids
         if not options.truncate:
             raise PromptError(f"the prompt has {len(ids)} tokens, but the limit is {limit}")
-        # Only the prompt's own text is cut: what surrounds it (template, end token) must stay whole.
-        room = limit - len(self._tokenize("", most))
+        if request.drop_oldest(until=lambda: len(self._tokenize(request.turns(), most)) <= limit):
+            return self._tokenize(request.turns(), most)
+        # Only the prompt's own text is cut: what surrounds it (templates, end token) must stay whole.
+        room = limit - len(self._tokenize(request.turns(""), most))
         if room < 1:
-            raise PromptError(f"the limit of {limit} tokens leaves no room beside the chat template")
+            raise PromptError(
+                f"the limit of {limit} tokens leaves no room beside the instruction and the chat template"
+            )
         with panics_as_errors():
-            plain = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+            plain = self._tokenizer(request.text, add_special_tokens=False, verbose=False)["input_ids"]
         while room > 0:
-            ids = self._tokenize(self._tokenizer.decode(plain[:room]), most)
+            ids = self._tokenize(request.turns(self._tokenizer.decode(plain[:room])), most)
             if len(ids) <= limit:
                 return ids
             room -= len(ids) - limit  # text cut in the middle of a word may have more tokens than before
         raise PromptError(f"the prompt cannot be cut to {limit} tokens")
 
-    def prefix_tokens(self, prompts: Sequence[list[int]]) -> int:
+    def encode_again(self, prompt: Prompt, options: AnsweringOptions, answer: str, wish: str) -> list[int]:
+        """The token ids of a prompt whose answer was not good enough, with that answer and a further wish.
+
+        Raises:
+            PromptError: all of that is longer than allowed; nothing is cut.
+        """
+        limit, room = self.limit(options), options.max_batch_tokens - options.max_response_tokens
+        most = min(limit or room, room)
+        turns = _request(prompt, options).turns()
+        turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": wish}]
+        if _characters(turns) > most * self._longest_token:
+            raise PromptError("with its first answer, the prompt is too long to be asked again")
+        ids = self._tokenize(turns, most)
+        if len(ids) > most:
+            raise PromptError("with its first answer, the prompt is too long to be asked again")
+        return ids
+
+    def check(self, options: AnsweringOptions) -> None:
+        """Checks that what the options put around prompts leaves room for them, and can be put there.
+
+        Raises:
+            PromptError: it leaves no room, the chat template fails, or there is none, and prompts are
+                conversations.
+        """
+        if options.prompt_format == CONVERSATION and not self._has_template:
+            raise PromptError(
+                "the model has no chat template: it answers texts and records, no conversations"
+            )
+        if options.system_prompt is None and options.template is None:
+            return
+        text = self._sample("?", options)
+        limit, room = self.limit(options), options.max_batch_tokens - options.max_response_tokens
+        most = min(limit or room, room)
+        turns = _request(text, options).turns()
+        if _characters(turns) > most * self._longest_token or len(self._tokenize(turns, most)) > most:
+            raise PromptError(
+                "the system prompt and the template leave no room for a prompt, which may have "
+                f"{most} tokens in all: shorten them, or raise max_prompt_tokens or max_batch_tokens"
+            )
+
+    def prefix_tokens(self, prompts: Sequence[list[int]], options: AnsweringOptions) -> int:
         """How many tokens all these prompts begin with that later ones will begin with too: what stands
-        before the user's text in the chat template. 0 where that is too little to be worth keeping."""
-        prefix = self._prefix
+        before the user's text in the chat template, the system prompt included. 0 where that is too little to
+        be worth keeping."""
+        prefix = self._prefix(options)
         if len(prefix) < LEAST_PREFIX_TOKENS or any(ids[: len(prefix)] != prefix for ids in prompts):
             return 0
         return len(prefix) if all(len(ids) > len(prefix) for ids in prompts) else 0
 
-    @cached_property
-    def _prefix(self) -> list[int]:
+    def _prefix(self, options: AnsweringOptions) -> list[int]:
         """What prompts of every kind have in common at their beginning."""
         if not self._has_template:
             return []
-        try:
-            encoded = [self._tokenize(text, SPARE_CHARACTERS) for text in DIFFERENT_PROMPTS]
-        except Exception:  # such a template's own prompts tell why, one by one
-            return []
-        return os.path.commonprefix(encoded)  # noqa: RUF071 - of lists, not of paths
+        around = options.system_prompt, options.template, options.prompt_format
+        if around not in self._prefixes:
+            requests = (_request(self._sample(text, options), options) for text in DIFFERENT_PROMPTS)
+            try:
+                encoded = [self._tokenize(request.turns(), SPARE_CHARACTERS) for request in requests]
+            except Exception:  # such a template's own prompts tell why, one by one
+                encoded = [[]]
+            self._prefixes[around] = os.path.commonprefix(encoded)  # noqa: RUF071 - of lists, not of paths
+        return self._prefixes[around]
+
+    def _sample(self, text: str, options: AnsweringOptions) -> Prompt:
+        """A prompt that the options' template takes, which says a text."""
+        if options.prompt_format == RECORD and options.template:
+            return dict.fromkeys(parse_template(options.template).fields, text)
+        return text
 
     def limit(self, options: AnsweringOptions) -> int | None:
         """The most tokens in a prompt, as asked for and as the model allows; None if unbounded.
@@ -165,21 +227,61 @@ class Encoder:
                 limits.append(int(PROMPT_TOKENS * math.sqrt(options.workload()["batch_size"])))
         return min((limit for limit in limits if limit), default=None)
 
-    def _tokenize(self, prompt: str, most: int) -> list[int]:
-        """A prompt's token ids, with what surrounds it; text that is sure to have more than twice `most` of
-        them is not made."""
+    def _tokenize(self, turns: list[dict[str, str]], most: int) -> list[int]:
+        """The token ids of a conversation, with what surrounds it; text that is sure to have more than twice
+        `most` of them is not made."""
         with panics_as_errors():
+            if not self._has_template:
+                return self._tokenizer(_as_one_text(turns), verbose=False)["input_ids"]
+            if turns[0]["role"] == "system" and not self._takes_system_prompts:
+                turns = _told_by_user(turns)
             if self._template:
-                try:
-                    text = self._template.render(prompt, 2 * most * self._longest_token + SPARE_CHARACTERS)
-                except TemplateError as error:
-                    raise PromptError(str(error)) from error
+                text = self._render(turns, 2 * most * self._longest_token + SPARE_CHARACTERS)
                 return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            if self._has_template:
-                return self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-                )["input_ids"]
-            return self._tokenizer(prompt, verbose=False)["input_ids"]
+            return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+
+    def _render(self, turns: list[dict[str, str]], most_characters: int) -> str:
+        try:
+            return self._template.render(turns, most_characters)
+        except TemplateError as error:
+            raise PromptError(str(error)) from error
+
+    @cached_property
+    def _takes_system_prompts(self) -> bool:
+        """Whether the chat template says a system prompt. Some refuse it, and some leave it out."""
+        turns = [{"role": "system", "content": NOTICED}, {"role": "user", "content": "?"}]
+        try:
+            if self._template:
+                said = self._render(turns, SPARE_CHARACTERS)
+            else:
+                said = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception:  # whatever a template raises
+            said = ""
+        takes = NOTICED in said
+        if not takes:
+            log.info("The chat template takes no system prompt: it is put before the user's first turn.")
+        return takes
+
+
+def _request(prompt: Prompt, options: AnsweringOptions) -> Request:
+    return Request(prompt, options.system_prompt, options.template)
+
+
+def _characters(turns: list[dict[str, str]]) -> int:
+    return sum(len(turn["content"]) for turn in turns)
+
+
+def _as_one_text(turns: list[dict[str, str]]) -> str:
+    """For a model that knows no turns: all that is said, one paragraph after the other."""
+    return "\n\n".join(turn["content"] for turn in turns)
+
+
+def _told_by_user(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The system prompt in front of what the user says first."""
+    system, first, *rest = turns
+    return [{"role": "user", "content": _as_one_text([system, first])}, *rest]
 
 
 def _check_growth(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,8 +18,10 @@ from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 from helpers.load_state_dict import companion_folder
 from helpers.model_handler.answers import Batch, Failure, Response
 from helpers.model_handler.engines.ctranslate2_engine import why_not
+from helpers.model_handler.engines.engine import TIME
 from helpers.model_handler.language_model import LanguageModel
 from helpers.model_handler.options import AnsweringOptions, answering_options, takes_options
+from helpers.model_handler.prompts import Prompt
 from helpers.model_handler.served_model import ModelSource, count_loads, forget, serve
 
 NAMESPACE = "LanguageModel"
@@ -32,8 +34,9 @@ def _engine_for(options: AnsweringOptions) -> str | None:
 
 
 @takes_options
-class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
-    """Answers prompts (`str`) with `PredictionResult`s whose `inference` is the response's text.
+class LanguageModelHandler(ModelHandler[Prompt, PredictionResult, LanguageModel]):
+    """Answers prompts with `PredictionResult`s whose `inference` is the response's text. A prompt is a text,
+    a record or a conversation: see `helpers.model_handler.prompts`.
 
     A prompt that cannot be answered gets a `Failure` as its `inference`, and costs no other prompt its
     answer.
@@ -82,7 +85,7 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
         return language_model
 
     def run_inference(
-        self, batch: Sequence[str], model: LanguageModel, inference_args: dict[str, Any] | None = None
+        self, batch: Sequence[Prompt], model: LanguageModel, inference_args: dict[str, Any] | None = None
     ) -> Iterable[PredictionResult]:
         """Answers prompts; the results are in the same order.
 
@@ -93,11 +96,12 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
             raise ValueError("LanguageModelHandler takes no inference_args: give its options instead.")
         answers = model.ask(batch, self._options, on_batch=_count_batch)
         Metrics.counter(NAMESPACE, "models_loaded").inc(count_loads())
-        failures = sum(isinstance(answer, Failure) for answer in answers)
-        Metrics.counter(NAMESPACE, "failed_prompts").inc(failures)
+        _count_answers(answers)
         for prompt, answer in zip(batch, answers, strict=True):
-            inference = answer.text if isinstance(answer, Response) else answer
-            yield PredictionResult(prompt, inference, model_id=self._source.state_dict_path)
+            yield PredictionResult(prompt, self._inference(answer), model_id=self._source.state_dict_path)
+
+    def _inference(self, answer: Response | Failure) -> Any:
+        return answer.text if isinstance(answer, Response) else answer
 
     def update_model_path(self, model_path: str | None = None) -> None:
         """Serves another state dict from the next `load_model` on, as Beam's model updates require."""
@@ -123,6 +127,25 @@ class LanguageModelHandler(ModelHandler[str, PredictionResult, LanguageModel]):
     def get_metrics_namespace(self) -> str:
         """The namespace of RunInference's metrics, and of this handler's: see `NAMESPACE`."""
         return NAMESPACE
+
+
+class WholeResponseHandler(LanguageModelHandler):
+    """The same, with whole `Response`s as inferences: text, tokens and why it ends."""
+
+    def _inference(self, answer: Response | Failure) -> Response | Failure:
+        return answer
+
+
+def _count_answers(answers: Sequence[Response | Failure]) -> None:
+    failures = [answer for answer in answers if isinstance(answer, Failure)]
+    counts = {
+        "failed_prompts": len(failures),
+        "late_responses": sum(failure.finish_reason == TIME for failure in failures),
+        "invalid_answers": sum(failure.answer is not None for failure in failures),
+        "asked_again": sum(answer.was_asked_again for answer in answers),
+    }
+    for name, count in counts.items():
+        Metrics.counter(NAMESPACE, name).inc(count)
 
 
 def _count_batch(batch: Batch) -> None:

@@ -10,16 +10,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from helpers.load_state_dict.mapped_model import LoadError
+from helpers.model_handler.answer_schema import InvalidAnswerError, answer_schema
 from helpers.model_handler.answers import Batch, Failure, Response, batches_by_length
-from helpers.model_handler.encoding import Encoder, PromptError, panics_as_errors
-from helpers.model_handler.engines.engine import Engine, shapes_of
+from helpers.model_handler.encoding import Encoder, panics_as_errors
+from helpers.model_handler.engines.engine import TIME, Engine, shapes_of
 from helpers.model_handler.engines.neighbours import Company
 from helpers.model_handler.options import AnsweringOptions
+from helpers.model_handler.prompts import Prompt, PromptError
 from helpers.models.architecture import positions_of
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ SAMPLE_PROMPTS = (
     "Write one long sentence about the deep blue sea, and a short one about its ships, please.",
     "Is it true that 17 is a prime number? Explain the answer to a child of seven.",
 )
+
+
+WISH = "That is not what was asked for. Answer again, with the right JSON and nothing else. What was wrong:"
+"""What the model is told when its answer does not fit the schema; the reason follows."""
 
 
 class OtherModelError(ValueError):
@@ -87,7 +94,8 @@ class LanguageModel:
         """Checks that the model can answer with these options at all.
 
         Raises:
-            LoadError: the responses asked for leave no room for a prompt, or the engine cannot do as asked.
+            LoadError: the responses asked for leave no room for a prompt, nor does the system prompt, or the
+                engine cannot do as asked.
         """
         if reason := self.engine.why_not(options):
             raise LoadError(f"{reason}: leave that out, or use engine torch.")
@@ -98,10 +106,16 @@ class LanguageModel:
                 f"max_response_tokens is {wanted}, but {self.model_name} has {positions} positions for "
                 "prompt and response together: ask for shorter responses."
             )
+        try:
+            self._encoder.check(options)
+        except PromptError as error:
+            raise LoadError(str(error)) from error
 
-    def encode(self, prompt: str, options: AnsweringOptions | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, options: AnsweringOptions | None = None) -> list[int]:
         """A prompt's token ids: see `helpers.model_handler.encoding.Encoder.encode`."""
-        ids = self._encoder.encode(prompt, options or AnsweringOptions())
+        return self._checked(self._encoder.encode(prompt, options or AnsweringOptions()))
+
+    def _checked(self, ids: list[int]) -> list[int]:
         rows = self.engine.rows
         if max(ids, default=0) >= rows:  # on a GPU, it would cost the process rather than the prompt
             raise PromptError(f"the tokenizer has the token {max(ids)}, but the model only {rows} tokens")
@@ -109,7 +123,7 @@ class LanguageModel:
 
     def generate(
         self, prompts: Sequence[list[int]], options: AnsweringOptions | None = None
-    ) -> list[Response]:
+    ) -> list[Response | Failure]:
         """Answers encoded prompts, all in one batch.
 
         Args:
@@ -117,16 +131,22 @@ class LanguageModel:
             options: how to answer.
 
         Returns:
-            A response for each prompt, in the same order.
+            A response for each prompt, in the same order, or a failure where it was not complete in time.
         """
         options = options or AnsweringOptions()
-        prefix_tokens = 0 if options.recompute else self._encoder.prefix_tokens(prompts)
+        prefix_tokens = 0 if options.recompute else self._encoder.prefix_tokens(prompts, options)
         responses = self.engine.generate(prompts, options, prefix_tokens)
         with panics_as_errors():
-            texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode([one.tokens for one in responses], skip_special_tokens=True)
         return [
-            Response(text.strip(), len(prompt), len(ids))
-            for text, prompt, ids in zip(texts, prompts, responses, strict=True)
+            Failure(
+                f"the response was not complete after {options.max_response_seconds:g} s "
+                f"(max_response_seconds): it had {len(one.tokens)} tokens",
+                TIME,
+            )
+            if one.finish_reason == TIME
+            else Response(text.strip(), len(prompt), len(one.tokens), one.finish_reason)
+            for text, prompt, one in zip(texts, prompts, responses, strict=True)
         ]
 
     def _bears(self) -> Company:
@@ -150,7 +170,7 @@ class LanguageModel:
 
     def ask(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         options: AnsweringOptions | None = None,
         *,
         on_batch: Callable[[Batch], object] = lambda batch: None,
@@ -161,8 +181,9 @@ class LanguageModel:
         memory for instance, is halved until the prompts that fail stand alone.
 
         Args:
-            prompts: the texts.
-            options: how to answer.
+            prompts: texts, records or conversations; see `helpers.model_handler.prompts`.
+            options: how to answer. With an `answer_schema`, a response's text is the JSON alone, and what
+                does not fit is a failure that holds the answer.
             on_batch: called with each batch that was answered.
 
         Returns:
@@ -184,6 +205,64 @@ class LanguageModel:
                 results[index] = Failure(str(error))
             except Exception as error:  # a tokenizer's own errors fail this prompt, not its batch
                 results[index] = Failure(_describe(error))
+        self._answer(encoded, options, on_batch, results)
+        if options.answer_schema is not None:
+            self._validate(prompts, list(encoded), options, on_batch, results)
+        return results
+
+    def _validate(
+        self,
+        prompts: Sequence[Prompt],
+        indices: list[int],
+        options: AnsweringOptions,
+        on_batch: Callable[[Batch], object],
+        results: list[Response | Failure],
+    ) -> None:
+        """Makes the answers the JSON that they hold, and failures of those that do not fit the schema; these
+        are first asked for once more, if the options say so."""
+        schema = answer_schema(options.answer_schema)
+
+        def invalid(indices: list[int], is_last: bool) -> dict[int, str]:
+            reasons = {}
+            for index in indices:
+                answer = results[index]
+                if isinstance(answer, Failure):
+                    continue
+                try:
+                    results[index] = replace(answer, text=schema.read(answer.text))
+                except InvalidAnswerError as error:
+                    reasons[index] = str(error)
+                    if is_last:
+                        results[index] = _unfit(answer, str(error))
+            return reasons
+
+        reasons = invalid(indices, is_last=not options.ask_again)
+        if not options.ask_again:
+            return
+        encoded, first = {}, {}
+        for index, reason in reasons.items():
+            first[index] = results[index]
+            wish = f"{WISH} {reason}"
+            try:
+                again = self._encoder.encode_again(prompts[index], options, first[index].text, wish)
+                encoded[index] = self._checked(again)
+            except Exception as error:  # such a prompt keeps its first answer
+                log.info("A prompt is not asked again: %s", _describe(error))
+        self._answer(encoded, options, on_batch, results)
+        for index in encoded:
+            results[index] = replace(results[index], was_asked_again=True)
+        invalid(list(encoded), is_last=True)
+        for index in reasons.keys() - encoded.keys():
+            results[index] = _unfit(first[index], reasons[index])
+
+    def _answer(
+        self,
+        encoded: dict[int, list[int]],
+        options: AnsweringOptions,
+        on_batch: Callable[[Batch], object],
+        results: list[Response | Failure],
+    ) -> None:
+        """Puts the answers to encoded prompts into `results`, by their indices."""
         same = {} if options.recompute or options.temperature > 0 else _repeated(encoded)
         lengths = {index: len(ids) for index, ids in encoded.items() if index not in same}
         company = Company.ANY
@@ -202,7 +281,6 @@ class LanguageModel:
                     results[index] = result
         for index, first in same.items():
             results[index] = results[first]
-        return results
 
     def _isolate(
         self,
@@ -231,6 +309,15 @@ class LanguageModel:
         middle = len(batch) // 2
         yield from self._isolate(batch[:middle], encoded, options, on_batch)
         yield from self._isolate(batch[middle:], encoded, options, on_batch)
+
+
+def _unfit(answer: Response, reason: str) -> Failure:
+    return Failure(
+        f"the answer does not fit the schema: {reason}",
+        answer.finish_reason,
+        answer.text,
+        answer.was_asked_again,
+    )
 
 
 def _is_broken_device(error: Exception) -> bool:

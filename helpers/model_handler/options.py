@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
+from helpers.files.storage import read_bytes
+from helpers.model_handler.answer_schema import answer_schema
+from helpers.model_handler.prompts import FORMATS, TEXT, check_prompting
 from helpers.sizing.sizes import COMPUTE_BYTES, ENGINES, PROMPT_TOKENS, RESPONSE_TOKENS
 
 Decorated = TypeVar("Decorated", bound=Callable)
@@ -54,6 +57,8 @@ class Range:
             bounds.append(f"at most {self.at_most:g}")
         return " and ".join(bounds)
 
+
+ANSWER_FORMATS = ("text", "record")
 
 COUNT = Range(at_least=1)
 SECONDS = Range(above=0)
@@ -98,6 +103,35 @@ class AnsweringOptions:
         ValueError: a value is out of its range.
     """
 
+    system_prompt: str | None = option(
+        None,
+        "What the model is told before every prompt, such as its task. Where a model has no place for it, it "
+        "stands before the prompt itself.",
+        metavar="TEXT",
+    )
+    template: str | None = option(
+        None,
+        "What is asked: a text in which {text} stands for the prompt, or {NAME} for a field of a record.",
+        metavar="TEXT",
+    )
+    prompt_format: str = option(
+        TEXT,
+        "What the data of a message is: text, a record (a JSON object, for the template), or a conversation "
+        "(a JSON list of turns with role and content). A message's attribute prompt_format says otherwise.",
+        choices=FORMATS,
+    )
+    answer_format: str = option(
+        "text",
+        "What the data of a response is: the answer's text, or a record, which is JSON of the answer, the "
+        "tokens and whatever else is known, for BigQuery for instance.",
+        choices=ANSWER_FORMATS,
+    )
+    answer_schema: str | None = option(
+        None,
+        "A JSON Schema, or the file that has it: answers that are not JSON of this form fail.",
+        metavar="SCHEMA",
+    )
+    ask_again: bool = option(False, "Ask once more for an answer that does not fit answer_schema.")
     max_response_tokens: int = option(
         RESPONSE_TOKENS,
         "The most tokens in a response; the model may end it sooner.",
@@ -109,6 +143,13 @@ class AnsweringOptions:
         "Longer prompts fail, or are cut if truncate is set. By default the model's own limit.",
         metavar="N",
         within=COUNT,
+    )
+    max_response_seconds: float | None = option(
+        None,
+        "The longest that answering a batch may take: responses that are not complete by then fail. By "
+        "default as long as it takes.",
+        metavar="S",
+        within=SECONDS,
     )
     truncate: bool = option(False, "Cut prompts that are too long, rather than fail them.")
     temperature: float = option(
@@ -185,6 +226,8 @@ class AnsweringOptions:
     def __post_init__(self) -> None:
         for one in fields(self):
             _check(one, getattr(self, one.name))
+        check_prompting(self.system_prompt, self.template, self.prompt_format)
+        self._read_schema()
         if self.engine == "torch" and self.dtype == "int8":
             raise ValueError("engine torch does not compute in int8: leave the engine out, or the dtype.")
         is_ctranslate2 = self.engine == "ctranslate2" or self.dtype == "int8"
@@ -199,6 +242,21 @@ class AnsweringOptions:
                 f"{self.max_batch_tokens} tokens, prompts included: ask for shorter responses, or raise "
                 "max_batch_tokens."
             )
+
+    def _read_schema(self) -> None:
+        """Puts the schema itself in the place of its file's name, and checks it."""
+        if self.answer_schema is None:
+            if self.ask_again:
+                raise ValueError("ask_again needs an answer_schema, which says what answers must be.")
+            return
+        text = str(self.answer_schema)
+        if not text.lstrip().startswith("{"):
+            try:
+                text = read_bytes(text).decode()
+            except (OSError, UnicodeDecodeError, ValueError) as error:
+                raise ValueError(f"answer_schema is no JSON object, and no file of one: {error}") from error
+            object.__setattr__(self, "answer_schema", text)
+        answer_schema(text)
 
     def workload(self) -> dict[str, int]:
         """The largest batch that a machine needs memory for, as `helpers.sizing.size_model` takes it."""

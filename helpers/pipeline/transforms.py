@@ -1,13 +1,22 @@
 """The language model as Beam transforms: prompts to responses, and Pub/Sub messages to messages.
 
-A message is UTF-8 text in `data`. Its response is the model's text, with all of the message's own
-attributes and these:
+A message is UTF-8 text in `data`: a prompt, or, as the option `prompt_format` or an attribute of that name
+says, a record or a conversation in JSON. Its response is the model's text, or with `answer_format` a record
+of it (`helpers.pipeline.answer_record`), with all of the message's own attributes and these:
 
 * `prompt_message_id`: the message's id, given by Pub/Sub;
-* `model_name`: the model that answered.
+* `model_name`: the model that answered;
+* `finish_reason`: `stop` where the model ended its answer, `length` where the answer was cut at the most
+  tokens;
+* `prompt_tokens` and `response_tokens`: how many there were;
+* `ordering_key`: the message's, if it has one. Dataflow's sink publishes without ordering keys.
 
 A message without a response goes to the dead-letter topic as it came, with the same bytes and attributes, and
-with `prompt_message_id`, `model_name` and `error`, the reason.
+with `prompt_message_id`, `model_name`, `ordering_key` and
+
+* `error`: the reason;
+* `finish_reason`: `time`, if the response was not complete in time;
+* `answer`: the first kB of what the model said, if that did not fit the schema.
 
 Pub/Sub allows a message 100 attributes and 10 MB. Attributes that no longer fit are left out, the last by
 name first, and so are those that begin with `goog`, which are Pub/Sub's own; `attributes_left_out` says
@@ -25,8 +34,11 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.utils.windowed_value import WindowedValue
 
-from helpers.model_handler import NAMESPACE, AnsweringOptions, Failure, LanguageModelHandler
-from helpers.model_handler.options import takes_options
+from helpers.model_handler import NAMESPACE, AnsweringOptions, Failure, LanguageModelHandler, Response
+from helpers.model_handler.handler import WholeResponseHandler
+from helpers.model_handler.options import answering_options, takes_options
+from helpers.model_handler.prompts import PromptError, parse_prompt
+from helpers.pipeline.answer_record import answer_record
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +53,19 @@ class FailedPromptError(RuntimeError):
 
 
 class FailedPrompt(NamedTuple):
-    """A prompt without a response, and why; `prompt` is `(key, text)` where the prompts had keys."""
+    """A prompt without a response, and why.
+
+    Attributes:
+        prompt: what was asked; `(key, prompt)` where the prompts had keys.
+        error: the reason.
+        finish_reason: `time`, if the response was not complete in time.
+        answer: what the model said, if that did not fit the schema.
+    """
 
     prompt: Any
     error: str
+    finish_reason: str = ""
+    answer: str | None = None
 
 
 @takes_options
@@ -53,8 +74,8 @@ class AskModel(beam.PTransform):
 
         responses = prompts | AskModel("google/flan-t5-xl", "gs://BUCKET/flan-t5-xl.pt")
 
-    The prompts are `str`, or `(key, str)` pairs if `keyed`; the responses have the same form. Windows and
-    timestamps are kept.
+    The prompts are `str`, records (`dict`) or conversations (`list`), see `helpers.model_handler.prompts`, or
+    `(key, prompt)` pairs if `keyed`; the responses are `str`, or pairs. Windows and timestamps are kept.
 
     By default, a prompt that fails raises an error, which stops a batch job and which a streaming job retries
     for ever. `with_exception_handling` gives such prompts an output of their own.
@@ -62,7 +83,9 @@ class AskModel(beam.PTransform):
     Args:
         model_name: the model that the state dict must have been made from; None takes any.
         state_dict_path: `.../NAME.pt`, local or `gs://`.
-        keyed: whether the prompts are `(key, str)` pairs.
+        keyed: whether the prompts are `(key, prompt)` pairs.
+        whole: whether the responses are `helpers.model_handler.Response`s (text, tokens, why it ends) rather
+            than texts.
         {options}
 
     Raises:
@@ -77,10 +100,12 @@ class AskModel(beam.PTransform):
         max_response_tokens: int = AnsweringOptions.max_response_tokens,
         *,
         keyed: bool = False,
+        whole: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
-        self._handler = LanguageModelHandler(
+        handler = WholeResponseHandler if whole else LanguageModelHandler
+        self._handler = handler(
             state_dict_path, model_name, max_response_tokens=max_response_tokens, **options
         )
         self._keyed = keyed
@@ -127,7 +152,8 @@ def _split(element: Any, keyed: bool) -> Iterator[Any]:
     place, result = element
     key, answer = place[2], result.inference
     if isinstance(answer, Failure):
-        failed = FailedPrompt((key, result.example) if keyed else result.example, answer.error)
+        prompt = (key, result.example) if keyed else result.example
+        failed = FailedPrompt(prompt, answer.error, answer.finish_reason, answer.answer)
         yield TaggedOutput("failed", _in_place(failed, place))
     else:
         yield _in_place((key, answer) if keyed else answer, place)
@@ -159,34 +185,52 @@ class AskMessages(beam.PTransform):
     def __init__(self, model_name: str, state_dict_path: str, **options: Any) -> None:
         super().__init__()
         self._model_name = model_name
-        self._ask = AskModel(model_name, state_dict_path, keyed=True, **options).with_exception_handling()
+        chosen = answering_options(options)
+        self._formats = chosen.prompt_format, chosen.answer_format
+        ask = AskModel(model_name, state_dict_path, keyed=True, whole=True, **options)
+        self._ask = ask.with_exception_handling()
 
     # No return type, as above.
     def expand(self, messages: PCollection):
-        read = messages | "Read prompts" >> beam.ParDo(_read_prompt).with_outputs(
+        prompt_format, answer_format = self._formats
+        read = messages | "Read prompts" >> beam.ParDo(_read_prompt, prompt_format).with_outputs(
             "unreadable", main="prompts"
         )
         answered, failed = read.prompts | "Ask model" >> self._ask
-        responses = answered | "To responses" >> beam.Map(to_response, model_name=self._model_name)
+        responses = answered | "To responses" >> beam.Map(
+            to_response, model_name=self._model_name, answer_format=answer_format
+        )
         failures = (read.unreadable, failed) | "All failures" >> beam.Flatten()
         return responses, failures | "To dead letters" >> beam.Map(
             to_dead_letter, model_name=self._model_name
         )
 
 
-def _read_prompt(message: PubsubMessage) -> Iterator[Any]:
+def _read_prompt(message: PubsubMessage, prompt_format: str) -> Iterator[Any]:
+    prompt_format = (message.attributes or {}).get("prompt_format", prompt_format)
     # The whole message is the key, so that it comes out beside its response.
     try:
-        yield message, message.data.decode()
+        yield message, parse_prompt(message.data.decode(), prompt_format)
     except UnicodeDecodeError as error:
         yield TaggedOutput("unreadable", FailedPrompt((message, ""), f"the message is not UTF-8: {error}"))
+    except PromptError as error:
+        yield TaggedOutput("unreadable", FailedPrompt((message, ""), str(error)))
 
 
-def to_response(answered: tuple[PubsubMessage, str], model_name: str) -> PubsubMessage:
+def to_response(
+    answered: tuple[PubsubMessage, Response], model_name: str, answer_format: str
+) -> PubsubMessage:
     """A message's response, for the responses topic."""
-    message, text = answered
+    message, response = answered
+    more = {
+        "model_name": model_name,
+        "finish_reason": response.finish_reason,
+        "prompt_tokens": str(response.prompt_tokens),
+        "response_tokens": str(response.response_tokens),
+    }
+    text = answer_record(message, response, model_name) if answer_format == "record" else response.text
     data = text.encode(errors="replace")
-    return PubsubMessage(data, _attributes(message, data, model_name=model_name))
+    return PubsubMessage(data, _attributes(message, data, **more))
 
 
 def to_dead_letter(failed: FailedPrompt, model_name: str) -> PubsubMessage:
@@ -195,8 +239,12 @@ def to_dead_letter(failed: FailedPrompt, model_name: str) -> PubsubMessage:
     Metrics.counter(NAMESPACE, "dead_letters").inc()
     log.warning("Message %s has no response: %s", message.message_id, failed.error)
     # Leaves room for what is added, even if the message is as large as Pub/Sub allows.
-    data = message.data[: MAX_MESSAGE_BYTES - 4 * MAX_ATTRIBUTE_BYTES]
+    data = message.data[: MAX_MESSAGE_BYTES - 6 * MAX_ATTRIBUTE_BYTES]
     more = {"data_bytes_cut": str(len(message.data) - len(data))} if len(data) < len(message.data) else {}
+    if failed.finish_reason:
+        more["finish_reason"] = failed.finish_reason
+    if failed.answer is not None:
+        more["answer"] = failed.answer
     attributes = _attributes(message, data, model_name=model_name, error=failed.error, **more)
     return PubsubMessage(data, attributes)
 
@@ -209,6 +257,8 @@ def _bytes_of(attribute: tuple[str, str]) -> int:
 def _attributes(message: PubsubMessage, data: bytes, **more: str) -> dict[str, str]:
     """The message's own attributes and more, within Pub/Sub's limits, or publishing would fail for ever."""
     more = {"prompt_message_id": message.message_id or "", **more}
+    if message.ordering_key:
+        more["ordering_key"] = message.ordering_key
     more = {
         name: value.encode(errors="replace")[:MAX_ATTRIBUTE_BYTES].decode(errors="ignore")
         for name, value in more.items()

@@ -35,8 +35,9 @@ def load():
     computed = model.engine.generate
 
     def noted(*arguments):
-        model.engine.last = computed(*arguments)
-        return model.engine.last
+        responses = computed(*arguments)
+        model.engine.last = [response.tokens for response in responses]
+        return responses
 
     model.engine.generate = noted
 

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import torch
 from helpers.load_state_dict.engine_file import EngineFile
 from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.engines import generation_settings
-from helpers.model_handler.engines.engine import as_set
+from helpers.model_handler.engines.engine import Generated, as_set, generated
 from helpers.model_handler.engines.neighbours import Company
 from helpers.models.architecture import response_positions_of
 from helpers.models.error_text import first_line
@@ -162,7 +163,7 @@ class CTranslate2Engine:
 
     def generate(
         self, prompts: Sequence[list[int]], options: AnsweringOptions, prefix_tokens: int = 0
-    ) -> list[list[int]]:
+    ) -> list[Generated]:
         """See `Engine.generate`.
 
         Raises:
@@ -172,8 +173,9 @@ class CTranslate2Engine:
             raise ValueError(reason)
         most = response_positions_of(self.config)
         longest = int(min(options.max_response_tokens, most - 1 if most else math.inf))
+        ends = as_set(self.generation_config.eos_token_id)
         shared: dict[str, Any] = {
-            "end_token": sorted(as_set(self.generation_config.eos_token_id)),
+            "end_token": sorted(ends),
             "return_end_token": True,
             "beam_size": 1,
         }
@@ -188,16 +190,20 @@ class CTranslate2Engine:
         least = self.generation_config.min_new_tokens or 0
         texts = [_as_texts(prompt) for prompt in prompts]
         if self._is_encoder_decoder:
+            deadline = _Deadline(options.max_response_seconds)
             results = self._engine.translate_batch(
                 texts,
                 max_input_length=0,  # the prompt's limit has been checked already
                 max_decoding_length=longest,
                 min_decoding_length=least,
+                callback=deadline.callback,
                 **shared,
             )
-            return [[int(token) for token in result.hypotheses[0]] for result in results]
-        found: dict[int, list[int]] = {}
+            responses = [[int(token) for token in result.hypotheses[0]] for result in results]
+            return [generated(tokens, ends, longest, deadline.has_passed) for tokens in responses]
+        found: dict[int, Generated] = {}
         for rows in groups_by_length([len(prompt) for prompt in prompts], longest, self._step_rows):
+            deadline = _Deadline(options.max_response_seconds)
             results = self._engine.generate_batch(
                 [texts[row][prefix_tokens:] for row in rows],
                 max_length=longest,
@@ -205,9 +211,13 @@ class CTranslate2Engine:
                 include_prompt_in_result=False,
                 static_prompt=texts[0][:prefix_tokens] or None,
                 cache_static_prompt=True,
+                callback=deadline.callback,
                 **shared,
             )
-            found |= {row: result.sequences_ids[0] for row, result in zip(rows, results, strict=True)}
+            found |= {
+                row: generated(result.sequences_ids[0], ends, longest, deadline.has_passed)
+                for row, result in zip(rows, results, strict=True)
+            }
         return [found[row] for row in range(len(prompts))]
 
     def company(self, samples: Sequence[list[int]]) -> Company:
@@ -231,6 +241,23 @@ class CTranslate2Engine:
         theirs = torch.tensor(sample.log_probabilities)
         deviation = max(float(theirs.std()), LEAST_DEVIATION)
         return float((torch.tensor(ours) - theirs).abs().mean()) / deviation
+
+
+class _Deadline:
+    """Ends all responses of a batch when the time is up; CTranslate2 asks after each token.
+
+    Args:
+        seconds: from now; None for no limit.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+        self.has_passed = False
+        self.callback = None if seconds is None else self._is_over
+
+    def _is_over(self, _: Any) -> bool:
+        self.has_passed = self.has_passed or time.monotonic() >= self._end
+        return self.has_passed
 
 
 def groups_by_length(lengths: Sequence[int], response_tokens: int, step_rows: int) -> list[list[int]]:
@@ -273,7 +300,7 @@ def groups_by_length(lengths: Sequence[int], response_tokens: int, step_rows: in
     return groups
 
 
-def computes_in(dtype: str, device: str = "cpu") -> bool:
+def computes_in(dtype: str, device: str) -> bool:
     """Whether CTranslate2 computes in a dtype on this machine's CPU, or its GPU (`cuda`)."""
     try:
         import ctranslate2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from helpers.model_handler.engines.neighbours import Company
 from helpers.models.architecture import architecture_of
@@ -12,6 +12,22 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
     from helpers.model_handler.options import AnsweringOptions
+
+
+STOP, LENGTH, TIME = "stop", "length", "time"
+"""Why a response ends: the model's own end, the most tokens, the most seconds."""
+
+
+class Generated(NamedTuple):
+    """A response, as an engine generates it.
+
+    Attributes:
+        tokens: token ids up to the end token, and that one too.
+        finish_reason: `STOP`, `LENGTH` or `TIME`.
+    """
+
+    tokens: list[int]
+    finish_reason: str
 
 
 class Engine(Protocol):
@@ -41,12 +57,13 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[list[int]], options: AnsweringOptions, prefix_tokens: int = 0
-    ) -> list[list[int]]:
-        """Responses to prompts, all in one batch: token ids up to the end token, and that one too.
+    ) -> list[Generated]:
+        """Responses to prompts, all in one batch.
 
         Args:
             prompts: token ids; they need not be of the same length.
-            options: how to answer.
+            options: how to answer. After `max_response_seconds`, what is not complete is left as it is; a
+                step that has begun is not interrupted.
             prefix_tokens: how many tokens all of them begin with alike, and later ones will too, so that the
                 model's state after these may be kept; 0 for nothing to keep.
         """
@@ -70,6 +87,22 @@ def shapes_of(config: PretrainedConfig) -> tuple[str, dict[str, tuple]]:
     architecture = architecture_of(config)
     weights = architecture.empty_model().state_dict()
     return architecture.model_class.__name__, {name: tuple(one.shape) for name, one in weights.items()}
+
+
+def generated(tokens: list[int], ends: set[int], most: int, is_late: bool) -> Generated:
+    """A response with the reason for its end.
+
+    Args:
+        tokens: token ids up to the end token, and that one too.
+        ends: the end tokens.
+        most: how many tokens there could be.
+        is_late: whether the time was up while it was generated.
+    """
+    if tokens and tokens[-1] in ends:
+        return Generated(tokens, STOP)
+    if len(tokens) >= most:
+        return Generated(tokens, LENGTH)
+    return Generated(tokens, TIME if is_late else STOP)
 
 
 def as_set(ids: int | list[int] | None) -> set[int]:
