@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +202,7 @@ class CTranslate2Engine:
             responses = [[int(token) for token in result.hypotheses[0]] for result in results]
             return [generated(tokens, ends, longest, deadline.has_passed) for tokens in responses]
         found: dict[int, Generated] = {}
-        for rows in groups_by_length([len(prompt) for prompt in prompts], longest, self._step_rows):
+        for rows in self._groups([len(prompt) - prefix_tokens for prompt in prompts], longest):
             deadline = _Deadline(options.max_response_seconds)
             results = self._engine.generate_batch(
                 [texts[row][prefix_tokens:] for row in rows],
@@ -219,6 +219,17 @@ class CTranslate2Engine:
                 for row, result in zip(rows, results, strict=True)
             }
         return [found[row] for row in range(len(prompts))]
+
+    def _groups(self, lengths: Sequence[int], longest: int) -> Iterator[list[int]]:
+        """The prompts that are computed together, by what is left of them after a prefix.
+
+        Prompts of one token are computed apart from longer ones: beside them CTranslate2 4.8.5 takes all but
+        the first token of a longer prompt for the beginning of its response.
+        """
+        for is_single in (False, True):
+            rows = [row for row, length in enumerate(lengths) if (length == 1) == is_single]
+            for group in groups_by_length([lengths[row] for row in rows], longest, self._step_rows):
+                yield [rows[place] for place in group]
 
     def company(self, samples: Sequence[list[int]]) -> Company:
         """See `Engine.company`: it computes without padding, or masks it."""
