@@ -8,6 +8,7 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.dataflow.internal.apiclient import DataflowJobAlreadyExistsError
+from apache_beam.transforms.ptransform import PTransform
 from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
@@ -39,6 +40,8 @@ def submit(
     max_run_minutes: float | None = None,
     helpers_in_image: bool = False,
     beam_options: Sequence[str] = (),
+    before: PTransform | None = None,
+    after: PTransform | None = None,
     **options: Any,
 ) -> Job:
     """Submits Pub/Sub → model → Pub/Sub as a streaming job.
@@ -66,6 +69,7 @@ def submit(
             `helpers.dataflow.job_guard`.
         helpers_in_image: whether the image has this package, so that it need not be sent along.
         beam_options: further options of Beam's, as on a command line; they win over what is chosen here.
+        before, after: steps of one's own, as for `helpers.pipeline.build`.
         {options}
 
     Returns:
@@ -102,6 +106,8 @@ def submit(
         "messages_subscription": messages_subscription,
         "messages_topic": messages_topic,
         "dead_letter_topic": dead_letter_topic,
+        "before": before,
+        "after": after,
     }
     try:
         result = submit_pipeline(

@@ -1,7 +1,9 @@
-"""The command line: predicted against measured memory, of converting and of serving.
+"""The command line: predicted against measured memory, of converting and of serving; and answers against
+expected ones.
 
 python -m helpers.measuring google/flan-t5-small google/flan-t5-base
 python -m helpers.measuring --overhead
+python -m helpers.measuring evaluate --state-dict-path NEW.pt --cases cases.jsonl --against OLD.pt
 """
 
 from __future__ import annotations
@@ -19,8 +21,12 @@ from helpers.measuring.process_memory import MeasureError
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: a line for each measurement, and all of them as JSON in the last line.
 
-    Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood.
+    Exit codes: 0; 1 for what went wrong, with a line on stderr, or for too few right answers; 2 for a command
+    line that is not understood.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["evaluate"]:
+        return _evaluate(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m helpers.measuring", description="Compares predicted with measured memory."
     )
@@ -49,6 +55,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"measured {row.measured / 1e6:8,.0f} MB  {row.error:+6.1%}  {row.seconds:6.1f} s"
         )
     print(json.dumps([asdict(row) for row in rows]))
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from helpers.load_state_dict.engine_file import EngineError
+    from helpers.measuring.evaluation import evaluate
+    from helpers.model_handler.options import NAMES, add_arguments
+    from helpers.models import ModelError
+
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.measuring evaluate",
+        description="Judges a state dict's answers to prompts, before it takes another's place.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--state-dict-path", required=True, help=".../NAME.pt, local or gs://")
+    parser.add_argument("--cases", required=True, help="a file: helpers.measuring.evaluation says of what")
+    parser.add_argument("--against", default=None, help="the state dict that serves now")
+    parser.add_argument("--at-least", type=float, default=0.0, help="the least share right, 0 to 1")
+    parser.add_argument("--json", action="store_true", default=False, help="print JSON")
+    add_arguments(parser.add_argument_group("answering"))
+    given = parser.parse_args(arguments)
+    options = {name: getattr(given, name) for name in NAMES if hasattr(given, name)}
+    try:
+        found = evaluate(given.state_dict_path, given.cases, against=given.against, **options)
+    except (EngineError, ModelError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        lists = {
+            name: [asdict(one) for one in getattr(found, name)] for name in ("changed", "lost", "gained")
+        }
+        print(json.dumps(asdict(found) | {"right": found.right} | lists, ensure_ascii=False))
+    else:
+        for one in found.outcomes:
+            mark = "right" if not one.wrong else "WRONG"
+            print(f"{mark}  {one.prompt!r:.60}  {one.answer!r:.80}  {one.wrong:.80}".rstrip())
+        counts = f", {len(found.changed)} changed, {len(found.lost)} lost, {len(found.gained)} gained"
+        print(f"{found.right:.0%} of {len(found.outcomes)} right{counts if given.against else ''}")
+    if found.right < given.at_least:
+        print(f"error: {found.right:.0%} right, and {given.at_least:.0%} are wanted", file=sys.stderr)
+        return 1
     return 0
 
 

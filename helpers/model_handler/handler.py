@@ -27,7 +27,7 @@ from helpers.model_handler.served_model import ModelSource, count_loads, forget,
 NAMESPACE = "LanguageModel"
 
 
-def _engine_for(options: AnsweringOptions) -> str | None:
+def engine_for(options: AnsweringOptions) -> str | None:
     """The engine asked for; torch where the choice is open and the other one cannot answer as asked."""
     is_open = options.engine in (None, "auto") and options.dtype != "int8"
     return "torch" if is_open and why_not(options) else options.engine
@@ -63,7 +63,7 @@ class LanguageModelHandler(ModelHandler[Prompt, PredictionResult, LanguageModel]
             device=chosen.device,
             dtype=chosen.dtype,
             cache_dir=chosen.cache_dir,
-            engine=_engine_for(chosen),
+            engine=engine_for(chosen),
         )
         self._replaced: ModelSource | None = None
 

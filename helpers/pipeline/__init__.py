@@ -5,6 +5,7 @@ from helpers import public
 __all__, __getattr__ = public(
     __name__,
     {
+        "__main__": ["main"],
         "command_line": ["parser", "run"],
         "stream": ["CommandLineError", "build"],
         "transforms": ["AskMessages", "AskModel", "FailedPrompt", "FailedPromptError"],

@@ -16,6 +16,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from apache_beam.transforms.ptransform import PTransform
 from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
@@ -23,8 +24,13 @@ from helpers.pipeline import CommandLineError
 from helpers.pipeline.command_line import parser, run
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, **steps: PTransform) -> None:
     """Starts the pipeline that a command line describes.
+
+    Args:
+        argv: by default this process's own.
+        steps: `before` and `after` of `helpers.pipeline.build`, for programs with steps of their own; see
+            docs/examples/custom_steps.py.
 
     Exit codes: 0; 1 for what went wrong, with a line on stderr; 2 for a command line that is not understood;
     130 when interrupted.
@@ -34,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # It warns of each wheel that is sent along, such as the helpers' own, which has no binary in it.
     logging.getLogger("apache_beam.runners.portability.stager").setLevel(logging.ERROR)
     try:
-        result = run(argv)
+        result = run(argv, **steps)
         if not hasattr(result, "job_id"):  # for a runner other than Dataflow's
             result.wait_until_finish()
             return

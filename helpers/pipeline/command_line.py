@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
+from apache_beam.transforms.ptransform import PTransform
 
 from helpers.model_handler.options import add_arguments
 from helpers.pipeline.stream import CommandLineError, launch
@@ -81,15 +82,19 @@ def parse(argv: Sequence[str] | None = None) -> CommandLine:
     return CommandLine(arguments, job, beam_arguments)
 
 
-def run(argv: Sequence[str] | None = None) -> PipelineResult:
+def run(argv: Sequence[str] | None = None, **steps: PTransform) -> PipelineResult:
     """Starts the pipeline that a command line describes, on whatever runner it names.
+
+    Args:
+        argv: as `python -m helpers.pipeline` takes it; by default this process's own.
+        steps: `before` and `after` of `helpers.pipeline.build`.
 
     Raises:
         CommandLineError: as `parse`.
         And as `helpers.pipeline.stream.launch`.
     """
     given = parse(argv)
-    return launch(PipelineOptions(given.beam), given.arguments, **given.job)
+    return launch(PipelineOptions(given.beam), given.arguments | steps, **given.job)
 
 
 def check_beam_arguments(arguments: Sequence[str]) -> None:

@@ -34,6 +34,8 @@ def build(
     messages_topic: str | None = None,
     messages_subscription: str | None = None,
     dead_letter_topic: str | None = None,
+    before: beam.PTransform | None = None,
+    after: beam.PTransform | None = None,
     **options: Any,
 ) -> None:
     """Adds Pub/Sub → model → Pub/Sub to a pipeline.
@@ -47,14 +49,20 @@ def build(
             from then on.
         messages_subscription: a subscription to read instead of a topic; messages wait in it for the job.
         dead_letter_topic: for messages without a response; without it they are only logged and counted.
+        before: a step of one's own between reading and asking, from `PubsubMessage`s to `PubsubMessage`s. An
+            error in it is retried for ever, as any in a streaming job.
+        after: one between asking and writing the responses.
         {options}
     """
     source = beam.io.ReadFromPubSub(
         topic=messages_topic, subscription=messages_subscription, with_attributes=True
     )
-    responses, dead_letters = (
-        pipeline | "Read messages" >> source | "Answer" >> AskMessages(model_name, state_dict_path, **options)
-    )
+    messages = pipeline | "Read messages" >> source
+    if before is not None:
+        messages = messages | "Before" >> before
+    responses, dead_letters = messages | "Answer" >> AskMessages(model_name, state_dict_path, **options)
+    if after is not None:
+        responses = responses | "After" >> after
     responses | "Write responses" >> beam.io.WriteToPubSub(responses_topic, with_attributes=True)
     if dead_letter_topic:
         dead_letters | "Write dead letters" >> beam.io.WriteToPubSub(dead_letter_topic, with_attributes=True)
