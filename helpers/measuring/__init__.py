@@ -6,7 +6,7 @@ __all__, __getattr__ = public(
     __name__,
     {
         "comparison": ["Comparison", "compare"],
-        "evaluation": ["CaseError", "Evaluation", "Outcome", "evaluate"],
+        "evaluation": ["CaseError", "Evaluation", "Outcome", "TICKETS", "evaluate"],
         "memory": ["Measurement", "measure_model", "measure_models"],
         "process_memory": ["MeasureError"],
         "rounding": ["RoundingLoss", "rounding_loss"],

@@ -28,6 +28,9 @@ from helpers.model_handler.options import answering_options, takes_options
 from helpers.model_handler.prompts import Prompt
 from helpers.model_handler.served_model import ModelSource
 
+TICKETS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("tickets.json").read_text())
+"""Twelve support tickets of a bicycle shop, as cases: records, each with the kind that a person gives it."""
+
 CHECKS = ("exact", "contains", "pattern", "field")
 
 
