@@ -112,7 +112,7 @@ def test_what_is_too_long_to_be_asked_again_keeps_its_first_answer():
     assert len(model.engine.asked) == 1
 
 
-def test_a_batch_that_fails_when_asked_again_fails_its_own_prompts_alone():
+def test_what_fails_when_asked_again_keeps_its_first_answer_and_costs_no_other():
     def script(text):
         if WISH in text:
             raise RuntimeError("out of luck")
@@ -120,7 +120,8 @@ def test_a_batch_that_fails_when_asked_again_fails_its_own_prompts_alone():
 
     right, wrong = scripted(script).ask(["right", "wrong"], options(ask_again=True))
     assert isinstance(right, Response)
-    assert "out of luck" in wrong.error
+    assert "not JSON; asked again: RuntimeError: out of luck" in wrong.error
+    assert (wrong.answer, wrong.was_asked_again) == ("A bill.", True)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,17 @@ def test_a_batch_that_fails_when_asked_again_fails_its_own_prompts_alone():
         ('{"type": "poem"}', "no JSON Schema"),
         ('{"$ref": "https://example.com/schema"}', "nothing is fetched"),
         ('{"properties": {"a": {"$ref": "#/$defs/a"}}}', "which is not in it"),
+        ('{"properties": {"default": {"$ref": "#/$defs/a"}}}', "which is not in it"),
+        ('{"properties": {"$id": {}, "a": {"$ref": "#/$defs/a"}}}', "which is not in it"),
+        ('{"$defs": {"a": {"$id": "a", "$ref": "#/$defs/b"}}}', "which is not in it"),
+        ('{"$ref": "#/allOf/x", "allOf": [{}]}', "which is not in it"),
+        ('{"required": ["a"], "$ref": "#/required"}', "which is no schema"),
+        ('{"x": 5, "$ref": "#/x"}', "which is no schema"),
+        ('{"x": {"type": "strng"}, "$ref": "#/x"}', "no JSON Schema"),
+        ('{"x": {"y": {"$ref": "#/nowhere"}}, "$ref": "#/x/y"}', "which is not in it"),
+        ('{"$ref": "#"}', "without end"),
+        ('{"$schema": 5}', "no text"),
+        ('{"not": ' * 150 + "{}" + "}" * 150, "too deeply"),
     ],
 )
 def test_a_broken_schema_is_refused_at_once(schema, reason):
@@ -144,6 +156,68 @@ def test_a_schema_may_be_a_file_and_is_then_part_of_the_options(tmp_path):
     assert chosen.answer_schema == SCHEMA
     with pytest.raises(ValueError, match="needs an answer_schema"):
         AnsweringOptions(ask_again=True)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$anchor": "root", "properties": {"a": {"$ref": "#root"}}},
+        {
+            "$id": "https://example.org/s",
+            "$defs": {"b": {"$id": "b", "$defs": {"c": {}}}},
+            "$ref": "b#/$defs/c",
+        },
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "definitions": {"a": True},
+            "$ref": "#/definitions/a",
+        },
+        {"$dynamicAnchor": "node", "properties": {"next": {"$dynamicRef": "#node"}}},
+        {"components": {"schemas": {"A": {"type": "object"}}}, "$ref": "#/components/schemas/A"},
+    ],
+)
+def test_schemas_of_every_kind_are_understood(schema):
+    assert AnswerSchema(json.dumps(schema)).read('{"a": {}}') == '{"a": {}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ('As asked [in JSON]: {"a": 1}', '{"a": 1}'),
+        ('The set {a} gives: {"a": 1}', '{"a": 1}'),
+        ('[note] {"a": 1}', '{"a": 1}'),
+        ('{"b": [{"a": 1}, {"a": 2', None),  # a part of what is broken is not the answer
+        ('{"a": 1e999}', None),
+        ('{"a": 1} {"a": 2}', '{"a": 1}'),
+        ("```\n```", None),
+        ('```{"a": 1}```', '{"a": 1}'),
+    ],
+)
+def test_the_json_in_an_answer_is_found(answer, expected):
+    schema = AnswerSchema('{"type": "object"}')
+    if expected is None:
+        with pytest.raises(InvalidAnswerError):
+            schema.read(answer)
+    else:
+        assert schema.read(answer) == expected
+
+
+def test_numbers_that_cannot_be_checked_fail_their_answer_alone():
+    script = {"large": '{"a": 1' + "0" * 320 + "}", "infinite": '{"a": 1e999}', "right": '{"a": 0.5}'}
+    model = scripted(lambda text: next(answer for name, answer in script.items() if name in text))
+    schema = '{"properties": {"a": {"multipleOf": 0.01}}}'
+    asked = options(answer_schema=schema, max_response_tokens=400, max_prompt_tokens=100)
+    *failures, right = model.ask(list(script), asked)
+    assert right.text == '{"a": 0.5}'
+    assert all(failure.answer.startswith('{"a": 1') for failure in failures)
+
+
+def test_an_answer_of_white_space_costs_no_time():
+    began = time.monotonic()
+    for start in ("```json", "[", "{", ""):
+        with pytest.raises(InvalidAnswerError):
+            AnswerSchema("{}").read(start + "\n" * 100_000 + "x")
+    assert time.monotonic() - began < 2
 
 
 def test_escapes_that_are_no_characters_stay_escapes():
@@ -209,6 +283,31 @@ def test_a_response_without_an_end_is_ended_and_costs_its_neighbours_nothing(eng
     assert {(answer.text, answer.finish_reason) for answer in answers} == {("", "stop")}
     [cut] = model.ask(["y"], AnsweringOptions(max_response_tokens=5, max_response_seconds=60))
     assert (cut.text, cut.finish_reason, cut.response_tokens) == ("yyyyy", "length", 5)
+
+
+def test_a_text_that_ends_responses_ends_them_in_company_too(endless):
+    """What follows is padding, of any length."""
+    source = ModelSource(endless, dtype="float32", engine="torch")
+    model = source.load()[0]
+    model.engine.generation_config.stop_strings = ["aaa"]
+    [alone] = model.ask(["a"], AnsweringOptions(max_response_tokens=20))
+    timed = AnsweringOptions(**LONG | {"max_response_seconds": 1.0})
+    for asked in (AnsweringOptions(max_response_tokens=20), timed):
+        together, endless_one = model.ask(["a", "y"], asked)
+        assert together == alone
+        assert endless_one.finish_reason == ("time" if asked is timed else "length")
+    assert (alone.text, alone.finish_reason) == ("aa", "stop")
+
+
+def test_ctranslate2_has_no_time_for_long_prompts_beside_short_ones(endless):
+    """Those are read a token a step, in which it is not asked for the time: so they are read apart."""
+    model = ModelSource(endless, dtype="float32", engine="ctranslate2").load()[0]
+    prompts = ["a y", "b" * 6000 + "y"]
+    asked = AnsweringOptions(**LONG | {"max_response_seconds": 0.2})
+    began = time.monotonic()
+    answers = model.ask(prompts, asked)
+    assert time.monotonic() - began < 4
+    assert [answer.finish_reason for answer in answers] == ["time", "time"]
 
 
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])

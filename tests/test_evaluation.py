@@ -97,7 +97,7 @@ def test_what_is_right(case, text, wrong):
         ([], "no cases"),
         ([{"exact": "x"}], "case 1 is no object with a prompt"),
         ([{"prompt": "x"}], "what its answer must be"),
-        ([{"prompt": "x", "excat": "y"}], "'excat'"),
+        ([{"prompt": "x", "matches": "y"}], "'matches'"),
         ([{"prompt": "x", "exact": "y"}, {"prompt": "x", "pattern": "("}], "case 2 has a pattern"),
         ([{"prompt": "x", "exact": 1}], "no text"),
         ([{"prompt": "x", "field": "kind"}], "no object of names"),

@@ -27,16 +27,25 @@ RESPONSE = Response("text", 3, 2, "length")
 SCHEMAS = Path(transforms.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def made(kind: str, tmp_path_factory) -> tuple[str, str]:
     """Name and state dict of a tiny model."""
-    folder = tmp_path_factory.mktemp("t5")
-    save_checkpoint("t5_distinct", folder / "checkpoint")
+    folder = tmp_path_factory.mktemp(kind)
+    save_checkpoint(kind, folder / "checkpoint")
     convert(str(folder / "checkpoint"), folder / "model.pt", progress=False)
     return str(folder / "checkpoint"), str(folder / "model.pt")
 
 
-def run(messages: list[PubsubMessage], model) -> None:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return made("t5_distinct", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return made("llama", tmp_path_factory)
+
+
+def run(messages: list[PubsubMessage], model, **options) -> None:
     """Runs messages through the pipeline, and checks that each comes out, once, with its id."""
 
     def check(outputs):
@@ -57,7 +66,7 @@ def run(messages: list[PubsubMessage], model) -> None:
 
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         responses, dead_letters = (
-            pipeline | beam.Create(messages) | AskMessages(*model, max_response_tokens=2)
+            pipeline | beam.Create(messages) | AskMessages(*model, max_response_tokens=2, **options)
         )
         tagged = (
             responses | "r" >> beam.Map(lambda message: ("response", message)),
@@ -98,6 +107,33 @@ def test_large_payloads_and_full_attributes_come_out_too(model):
         ],
         model,
     )
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("kind", ["record", "conversation", "by attribute"])
+def test_json_of_every_kind_comes_out_once_whatever_beam_makes_of_it(kind, chat_model):
+    """What is parsed goes through Beam's coders, which take neither depth nor half characters."""
+    texts = [
+        '{"text": "Hi"}',
+        '[{"role": "user", "content": "Hi"}]',
+        '{"text": "\\ud800"}',
+        '{"text": "Hi", "more": "\\ud800"}',
+        '[{"role": "user", "content": "\\ud800"}]',
+        "null",
+        "{",
+        *(nested(depth) for depth in (100, 500, 900, 2000, 100_000)),
+        *(f'{{"text": "Hi", "more": {nested(depth)}}}' for depth in (100, 500, 900, 2000)),
+        *(f'{{"text": {nested(depth)}}}' for depth in (500, 900)),
+    ]
+    attributes = {"prompt_format": "conversation"} if kind == "by attribute" else {}
+    options = {"prompt_format": kind} if not attributes else {}
+    if kind == "record":
+        options["template"] = "About {text}"
+    messages = [PubsubMessage(text.encode(), attributes, str(n)) for n, text in enumerate(texts)]
+    run([*messages, PubsubMessage(b"Hi", {"prompt_format": "text"}, "last")], chat_model, **options)
 
 
 def test_a_megabyte_of_text_is_a_dead_letter_if_prompts_are_limited(model):

@@ -1,6 +1,7 @@
 """Prompts as people have them: with instruction and template, as records and as conversations."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.load_state_dict import LoadError, convert
 from helpers.model_handler import AnsweringOptions, Failure, Response
+from helpers.model_handler.language_model import LanguageModel
 from helpers.model_handler.prompt_check import check_around_prompts
 from helpers.model_handler.prompts import PromptError, Request, parse_prompt, parse_template
 from helpers.model_handler.served_model import ModelSource
@@ -190,7 +192,7 @@ def test_what_is_no_conversation_fails_and_says_why(turns, reason, model):
 )
 def test_a_message_that_is_not_of_its_format_says_so(text, kind, reason):
     with pytest.raises(PromptError, match=reason):
-        parse_prompt(text, kind)
+        parse_prompt(text, kind, "{a}")
 
 
 @pytest.mark.parametrize(
@@ -207,6 +209,8 @@ def test_a_message_that_is_not_of_its_format_says_so(text, kind, reason):
         ({"prompt_format": "conversation", "template": "{text}"}, "not for conversations"),
         ({"prompt_format": "poem"}, "one of text, record, conversation"),
         ({"system_prompt": " "}, "empty"),
+        ({"system_prompt": Path("x")}, "must be text"),
+        ({"template": Path("x")}, "must be text"),
     ],
 )
 def test_what_cannot_be_put_around_prompts_is_refused_at_once(values, reason):
@@ -249,6 +253,51 @@ def test_a_record_that_is_too_long_loses_of_its_longest_field_alone(model):
     text = model.tokenizer.decode(model.encode({"id": 7, "text": "word " * 900}, asked))
     assert text.startswith("<|start|>user\n7: word word")
     assert text.endswith(" (be brief)<|end|>\n<|start|>assistant\n")
+
+
+def test_a_field_that_is_asked_about_twice_is_cut_in_both_places(model):
+    asked = options(template="Summarize: {text}\nSo, summarize: {text}", truncate=True)
+    text = model.tokenizer.decode(model.encode("word " * 300, asked))
+    assert text.count("word word") >= 2
+    assert "\nSo, summarize: word word" in text
+
+
+def test_what_is_not_cut_and_leaves_no_room_costs_no_time(models):
+    import time
+
+    began = time.monotonic()
+    record = options(template="{a} {b}", prompt_format="record", truncate=True)
+    for name in ("t5", "ChatML"):
+        told = [{"role": "system", "content": "x" * 5_000_000}, *CONVERSATION[2:]]
+        for prompt in (told, {"a": "x" * 3_000_000, "b": "y" * 3_000_000}):
+            [answer] = models[name][0].ask([prompt], record)
+            assert "leaves no room beside what is not cut" in answer.error
+    assert time.monotonic() - began < 5
+
+
+def test_a_template_that_was_slow_once_still_takes_system_prompts(models, monkeypatch):
+    from helpers.model_handler import chat_template
+    from helpers.model_handler.encoding import Encoder
+
+    checked = models["ChatML"][0]
+    encoder = Encoder(checked.tokenizer, checked.engine.config, False)
+    asked = options(system_prompt="Be brief.")
+    with monkeypatch.context() as busy:
+        busy.setattr(chat_template, "SECONDS", 1e-9)
+        with pytest.raises(PromptError, match="longer than"):
+            encoder.encode("Hi", asked)
+    assert "<|start|>system\nBe brief." in checked.tokenizer.decode(encoder.encode("Hi", asked))
+
+
+def test_a_model_that_cannot_be_asked_alike_does_not_take_over(models):
+    from helpers.model_handler.language_model import OtherModelError
+
+    chat = LanguageModel(models["ChatML"][0].engine, models["ChatML"][0].tokenizer)
+    chat.check(options(prompt_format="conversation"))
+    plain = AutoTokenizer.from_pretrained(models["ChatML"][1])
+    plain.chat_template = None
+    with pytest.raises(OtherModelError, match="no chat template"):
+        chat.take_over(LanguageModel(chat.engine, plain))
 
 
 def test_a_conversation_of_very_many_turns_costs_no_time(model):
@@ -326,7 +375,7 @@ def test_a_message_of_megabytes_fails_fast_in_every_format(model):
         assert "too many by far" in answer.error
     with pytest.raises(PromptError, match="not JSON"):
         parse_prompt(big, "record")
-    assert parse_prompt(json.dumps({"text": big}), "record") == {"text": big}
+    assert parse_prompt(json.dumps({"text": big, "more": 1}), "record", "{text}") == {"text": big}
 
 
 def test_the_tiny_model_has_the_positions_that_these_tests_rest_on():

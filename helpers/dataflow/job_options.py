@@ -141,7 +141,8 @@ def stage_helpers(options: PipelineOptions, folder: str, answering: AnsweringOpt
 
 def may_use_ctranslate2(options: PipelineOptions, answering: AnsweringOptions) -> bool:
     """Whether workers on the job's machines use CTranslate2: because it was asked for, or because it is
-    faster on CPUs without bfloat16."""
+    faster on CPUs without bfloat16. On a GPU it needs a library besides, so workers there use it unasked only
+    if it is in their image."""
     machine_type = options.view_as(WorkerOptions).machine_type or ""
     computes_in_bfloat16 = machine_type.partition("-")[0] in machine_types.BFLOAT16_FAMILIES
     on_gpu = wants_gpu(answering.device) or getattr(machine_types.CATALOGUE.get(machine_type), "gpu", None)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NoReturn
 
-_FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)\n?\s*```", re.DOTALL)
-_VALUES = ("const", "default", "enum", "examples")
-"""Keywords that hold values, not schemas."""
-
 MOST_REASON = 300
 """The most characters of a reason: it goes into an attribute, and back to the model."""
+
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+_SAMPLES = (None, False, 0, "", [], {}, [{}], {"a": {}})
 
 
 class InvalidAnswerError(ValueError):
@@ -21,17 +20,17 @@ class InvalidAnswerError(ValueError):
 
 
 class AnswerSchema:
-    """A JSON Schema for answers.
+    """A JSON Schema for answers. Its `format`s are not checked, which is the specification's default.
 
     Args:
         text: the schema, as JSON. Its `$schema` says which draft it is of; 2020-12 if it does not say.
 
     Raises:
-        ValueError: it is no JSON, no JSON Schema, or refers to something outside itself.
+        ValueError: it is no JSON, no JSON Schema, or refers to something that is not in it, or to itself
+            without end.
     """
 
     def __init__(self, text: str) -> None:
-        from jsonschema.exceptions import SchemaError
         from jsonschema.validators import Draft202012Validator, validator_for
         from referencing import Registry
 
@@ -41,15 +40,18 @@ class AnswerSchema:
             raise ValueError(f"answer_schema is not JSON: {error}") from error
         if not isinstance(schema, dict):
             raise ValueError("answer_schema is not a JSON object, as a JSON Schema is.")
+        if not isinstance(schema.get("$schema", ""), str):
+            raise ValueError("answer_schema has a $schema that is no text.")
         kind = validator_for(schema, default=Draft202012Validator)
         try:
-            kind.check_schema(schema)
-        except SchemaError as error:
-            raise ValueError(f"answer_schema is no JSON Schema: {_where(error)}") from error
-        for reference in _references(schema):
-            _check_reference(schema, reference)
-        # With a registry of its own it never fetches anything.
-        self._validator = kind(schema, registry=Registry())
+            _check(schema, kind)
+            _check_references(schema, kind)
+            # With a registry of its own it never fetches anything.
+            self._validator = kind(schema, registry=Registry())
+            for sample in _SAMPLES:  # finds what refers to itself without end
+                self._validator.is_valid(sample)
+        except RecursionError:
+            raise ValueError("answer_schema is nested too deeply, or refers to itself without end.") from None
 
     def read(self, answer: str) -> str:
         """The JSON in an answer, written anew, without what the model said around it.
@@ -61,20 +63,24 @@ class AnswerSchema:
             InvalidAnswerError: there is none, or it does not fit the schema.
         """
         from jsonschema.exceptions import best_match
-        from referencing.exceptions import Unresolvable
 
         try:
             value = _find_json(answer)
             error = best_match(self._validator.iter_errors(value))
-            if error is not None:
-                raise InvalidAnswerError(_where(error))
-            written = json.dumps(value, ensure_ascii=False, allow_nan=False)
-            # Half of a pair of escapes, which JSON allows, is no character: it stays an escape.
-            return written if _is_unicode(written) else json.dumps(value)
+        except InvalidAnswerError:
+            raise
         except RecursionError:
             raise InvalidAnswerError("it is nested too deeply") from None
-        except Unresolvable as error:
-            raise InvalidAnswerError(f"the schema refers to what it does not hold: {error}") from error
+        except Exception as error:  # numbers that no check can be made of, for instance
+            raise InvalidAnswerError(f"it cannot be checked: {error}"[:MOST_REASON]) from error
+        if error is not None:
+            raise InvalidAnswerError(_where(error))
+        written = json.dumps(value, ensure_ascii=False)
+        try:
+            written.encode()
+        except UnicodeEncodeError:  # half of a pair of escapes is no character: it stays an escape
+            return json.dumps(value)
+        return written
 
 
 @lru_cache(maxsize=16)
@@ -88,28 +94,36 @@ def answer_schema(text: str) -> AnswerSchema:
 
 
 def _find_json(answer: str) -> Any:
-    fenced = _FENCE.search(answer)
-    for text in (answer, *([fenced[1]] if fenced else [])):
+    for text in (answer, _fenced(answer)):
         try:
-            return json.loads(text, parse_constant=_refuse)
+            return json.loads(text, parse_constant=_refuse, parse_float=_finite)
         except ValueError:
             pass
-    decoder = json.JSONDecoder(parse_constant=_refuse)
-    start = re.search(r"[{\[]", answer)
-    if not start:
-        raise InvalidAnswerError("it is not JSON")
-    try:
-        return decoder.raw_decode(answer, start.start())[0]
-    except ValueError as error:
-        raise InvalidAnswerError(f"it is not JSON: {error}"[:MOST_REASON]) from error
+    decoder = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+    for start in re.finditer(r"[{\[](?=\s*[\[\]{}\"\d\-tfn])", answer):
+        try:
+            return decoder.raw_decode(answer, start.start())[0]
+        except json.JSONDecodeError as error:
+            if error.pos <= start.start() + 1:  # as in "[sic]": not even the beginning of JSON
+                continue
+            raise InvalidAnswerError(f"it is not JSON: {error}"[:MOST_REASON]) from error
+        except ValueError as error:
+            raise InvalidAnswerError(f"it is not JSON: {error}"[:MOST_REASON]) from error
+    raise InvalidAnswerError("it is not JSON")
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _fenced(answer: str) -> str:
+    """What stands in the first fenced block; empty without one."""
+    _, _, block = answer.partition("```")
+    _, newline, content = block.partition("\n")
+    content, fence, _ = content.partition("```")
+    return content if newline and fence else ""
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 def _refuse(name: str) -> NoReturn:
@@ -121,32 +135,41 @@ def _where(error: Any) -> str:
     return f"{place + ': ' if place else ''}{error.message}"[:MOST_REASON]
 
 
-def _references(part: Any) -> Iterator[str]:
-    """The references in a part of a schema, but not in what has an address of its own, which they may be
-    relative to."""
-    if isinstance(part, dict):
-        for name, value in part.items():
-            if name in ("$ref", "$dynamicRef") and isinstance(value, str):
-                yield value
-            elif name not in _VALUES and not (isinstance(value, dict) and "$id" in value):
-                yield from _references(value)
-    elif isinstance(part, list):
-        for value in part:
-            yield from _references(value)
+def _check(schema: Any, kind: Any) -> None:
+    from jsonschema.exceptions import SchemaError
+
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"answer_schema is no JSON Schema: {_where(error)}") from error
 
 
-def _check_reference(schema: dict, reference: str) -> None:
+def _check_references(schema: dict, kind: Any) -> None:
+    """Checks that every reference leads to a schema; what is referred to is looked through in turn."""
     from referencing import Registry, Resource
-    from referencing.exceptions import Unresolvable
     from referencing.jsonschema import DRAFT202012
 
-    resource = Resource.from_contents(schema, default_specification=DRAFT202012)
-    base = resource.id() or ""
-    resolver = Registry().with_resource(base, resource).resolver(base)
-    try:
-        resolver.lookup(reference)
-    except Unresolvable as error:
-        raise ValueError(
-            f"answer_schema refers to {reference!r}, which is not in it: nothing is fetched, so put it into "
-            "$defs."
-        ) from error
+    root = Resource.from_contents(schema, default_specification=DRAFT202012)
+    resolver = Registry().with_resource(root.id() or "", root).resolver(root.id() or "")
+    waiting, seen = [(root, resolver)], set()
+    while waiting:
+        resource, resolver = waiting.pop()
+        contents = resource.contents
+        if not isinstance(contents, dict) or id(contents) in seen:
+            continue
+        seen.add(id(contents))
+        for name in _REFERENCES:
+            if isinstance(reference := contents.get(name), str):
+                try:
+                    found = resolver.lookup(reference)
+                except Exception as error:  # no such place, or a pointer that is none
+                    raise ValueError(
+                        f"answer_schema refers to {reference!r}, which is not in it: nothing is fetched, so "
+                        "put it into $defs."
+                    ) from error
+                if not isinstance(found.contents, dict | bool):
+                    raise ValueError(f"answer_schema refers to {reference!r}, which is no schema.")
+                _check(found.contents, kind)
+                target = Resource.from_contents(found.contents, default_specification=DRAFT202012)
+                waiting.append((target, found.resolver))
+        waiting += [(one, resolver.in_subresource(one)) for one in resource.subresources()]

@@ -35,6 +35,10 @@ class TemplateError(ValueError):
     """A chat template that cannot be rendered for a prompt, or not within the limits."""
 
 
+class TemplateStoppedError(TemplateError):
+    """A rendering that was stopped: the time or the memory was not enough, perhaps only this once."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template.
 
@@ -62,7 +66,8 @@ class ChatTemplate:
             most_characters: the most that the text may have.
 
         Raises:
-            TemplateError: the template cannot be rendered for this prompt, or not within the limits.
+            TemplateError: the template cannot be rendered for this prompt.
+            TemplateStoppedError: not within the limits.
         """
         request = {"messages": turns, "most_characters": most_characters}
         with self._lock:
@@ -70,7 +75,8 @@ class ChatTemplate:
                 self._process = _Process(self._start)
             answer = self._process.ask(request)
         if "text" not in answer:
-            raise TemplateError(f"the chat template cannot be rendered for this prompt: {answer['error']}")
+            kind = TemplateStoppedError if answer.get("was_stopped") else TemplateError
+            raise kind(f"the chat template cannot be rendered for this prompt: {answer['error']}")
         return answer["text"]
 
 
@@ -111,7 +117,7 @@ class _Process:
             reason = "its process ended, as one does that takes too much memory"
         if not line:
             self._end()
-            return {"error": reason}
+            return {"error": reason, "was_stopped": True}
         return json.loads(line)
 
     def _send(self, message: dict) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from helpers.model_handler.chat_template import ChatTemplate, TemplateError
+from helpers.model_handler.chat_template import ChatTemplate, TemplateError, TemplateStoppedError
 from helpers.model_handler.prompts import CONVERSATION, RECORD, Prompt, PromptError, Request, parse_template
 from helpers.models.architecture import positions_of
 from helpers.models.error_text import first_line
@@ -73,14 +73,15 @@ class Encoder:
     def _chat_template(self) -> ChatTemplate | None:
         from transformers import PreTrainedTokenizerBase
 
-        if not self._has_template:
+        if not self.has_template:
             return None
         # Some tokenizers have a way of their own, and no template that a checkpoint could bring along.
         is_usual = type(self._tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
         return ChatTemplate(self._tokenizer) if is_usual else None
 
     @property
-    def _has_template(self) -> bool:
+    def has_template(self) -> bool:
+        """Whether prompts are put into a chat template."""
         return bool(self._tokenizer.chat_template) and not self._is_encoder_decoder
 
     @cached_property
@@ -97,10 +98,9 @@ class Encoder:
             PromptError: the prompt is empty, of no kind that can be asked, or longer than allowed.
         """
         request = _request(prompt, options)
-        if request.is_conversation and not self._has_template:
+        if request.is_conversation and not self.has_template:
             raise PromptError("the model has no chat template: it answers single prompts, no conversations")
-        limit, room = self.limit(options), options.max_batch_tokens - options.max_response_tokens
-        most = min(limit or room, room)
+        limit, most = self.limit(options), self._most(options)
         # Tokenizing takes seconds a megabyte, while other prompts wait: text that cannot fit is not
         # tokenized.
         characters = most * self._longest_token
@@ -115,8 +115,10 @@ class Encoder:
                 raise PromptError(
                     f"the prompt has {size:,} characters, too many by far: the limit is {most} tokens"
                 )
-            request.drop_oldest(until=lambda: not is_far_too_long())
-            request.text = request.text[:characters]
+            if not request.drop_oldest(until=lambda: not is_far_too_long()):
+                request.text = request.text[: characters // request.repeats]
+            if _characters(request.turns("")) > characters:
+                raise PromptError(f"the limit of {most} tokens leaves no room beside what is not cut")
         ids = self._tokenize(request.turns(), most)
         limit = most if options.truncate else limit
         if limit is None or len(ids) <= limit:
@@ -126,7 +128,7 @@ class Encoder:
         if request.drop_oldest(until=lambda: len(self._tokenize(request.turns(), most)) <= limit):
             return self._tokenize(request.turns(), most)
         # Only the prompt's own text is cut: what surrounds it (templates, end token) must stay whole.
-        room = limit - len(self._tokenize(request.turns(""), most))
+        room = (limit - len(self._tokenize(request.turns(""), most))) // request.repeats
         if room < 1:
             raise PromptError(
                 f"the limit of {limit} tokens leaves no room beside the instruction and the chat template"
@@ -137,7 +139,8 @@ class Encoder:
             ids = self._tokenize(request.turns(self._tokenizer.decode(plain[:room])), most)
             if len(ids) <= limit:
                 return ids
-            room -= len(ids) - limit  # text cut in the middle of a word may have more tokens than before
+            # Text cut in the middle of a word may have more tokens than before.
+            room -= max(1, (len(ids) - limit) // request.repeats)
         raise PromptError(f"the prompt cannot be cut to {limit} tokens")
 
     def encode_again(self, prompt: Prompt, options: AnsweringOptions, answer: str, wish: str) -> list[int]:
@@ -146,8 +149,7 @@ class Encoder:
         Raises:
             PromptError: all of that is longer than allowed; nothing is cut.
         """
-        limit, room = self.limit(options), options.max_batch_tokens - options.max_response_tokens
-        most = min(limit or room, room)
+        most = self._most(options)
         turns = _request(prompt, options).turns()
         turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": wish}]
         if _characters(turns) > most * self._longest_token:
@@ -164,15 +166,14 @@ class Encoder:
             PromptError: it leaves no room, the chat template fails, or there is none, and prompts are
                 conversations.
         """
-        if options.prompt_format == CONVERSATION and not self._has_template:
+        if options.prompt_format == CONVERSATION and not self.has_template:
             raise PromptError(
                 "the model has no chat template: it answers texts and records, no conversations"
             )
         if options.system_prompt is None and options.template is None:
             return
         text = self._sample("?", options)
-        limit, room = self.limit(options), options.max_batch_tokens - options.max_response_tokens
-        most = min(limit or room, room)
+        most = self._most(options)
         turns = _request(text, options).turns()
         if _characters(turns) > most * self._longest_token or len(self._tokenize(turns, most)) > most:
             raise PromptError(
@@ -191,7 +192,7 @@ class Encoder:
 
     def _prefix(self, options: AnsweringOptions) -> list[int]:
         """What prompts of every kind have in common at their beginning."""
-        if not self._has_template:
+        if not self.has_template:
             return []
         around = options.system_prompt, options.template, options.prompt_format
         if around not in self._prefixes:
@@ -208,6 +209,11 @@ class Encoder:
         if options.prompt_format == RECORD and options.template:
             return dict.fromkeys(parse_template(options.template).fields, text)
         return text
+
+    def _most(self, options: AnsweringOptions) -> int:
+        """The most tokens in a prompt that has to share a batch's tokens with its response."""
+        room = options.max_batch_tokens - options.max_response_tokens
+        return min(self.limit(options) or room, room)
 
     def limit(self, options: AnsweringOptions) -> int | None:
         """The most tokens in a prompt, as asked for and as the model allows; None if unbounded.
@@ -231,7 +237,7 @@ class Encoder:
         """The token ids of a conversation, with what surrounds it; text that is sure to have more than twice
         `most` of them is not made."""
         with panics_as_errors():
-            if not self._has_template:
+            if not self.has_template:
                 return self._tokenizer(_as_one_text(turns), verbose=False)["input_ids"]
             if turns[0]["role"] == "system" and not self._takes_system_prompts:
                 turns = _told_by_user(turns)
@@ -250,13 +256,19 @@ class Encoder:
 
     @cached_property
     def _takes_system_prompts(self) -> bool:
-        """Whether the chat template says a system prompt. Some refuse it, and some leave it out."""
+        """Whether the chat template says a system prompt. Some refuse it, and some leave it out.
+
+        Raises:
+            PromptError: there was no time, or no memory, to find it out; the next prompt tries again.
+        """
         turns = [{"role": "system", "content": NOTICED}, {"role": "user", "content": "?"}]
         try:
             if self._template:
-                said = self._render(turns, SPARE_CHARACTERS)
+                said = self._template.render(turns, SPARE_CHARACTERS)
             else:
                 said = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except TemplateStoppedError as error:
+            raise PromptError(str(error)) from error
         except Exception:  # whatever a template raises
             said = ""
         takes = NOTICED in said

@@ -64,6 +64,7 @@ class LanguageModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._encoder = Encoder(tokenizer, engine.config, self.is_encoder_decoder)
+        self._checked_options: set[AnsweringOptions] = set()
         self._company: Company | None = None  # established when prompts first share a batch
         # A runner may call from many threads. Batches take turns: two at once would only share the same
         # cores, and need the memory of both.
@@ -79,13 +80,19 @@ class LanguageModel:
         """Answers with another model's weights from the next batch on.
 
         Raises:
-            OtherModelError: the other model has another architecture or vocabulary.
+            OtherModelError: the other model has another architecture or vocabulary, or cannot be asked as
+                this one is.
         """
         if shapes_of(self.engine.config) != shapes_of(other.engine.config):
             raise OtherModelError("the new state dict has another architecture")
         # Prompts waiting for their batch have been tokenized already.
         if self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             raise OtherModelError("the new state dict's tokenizer has another vocabulary")
+        for options in self._checked_options:
+            try:
+                other.check(options)
+            except LoadError as error:
+                raise OtherModelError(f"it cannot be asked as this one is: {error}") from error
         with self._turn:
             self.engine, self.tokenizer, self._encoder = other.engine, other.tokenizer, other._encoder
             self.model_name, self._company = other.model_name, other._company
@@ -110,6 +117,7 @@ class LanguageModel:
             self._encoder.check(options)
         except PromptError as error:
             raise LoadError(str(error)) from error
+        self._checked_options.add(options)
 
     def encode(self, prompt: Prompt, options: AnsweringOptions | None = None) -> list[int]:
         """A prompt's token ids: see `helpers.model_handler.encoding.Encoder.encode`."""
@@ -220,40 +228,27 @@ class LanguageModel:
     ) -> None:
         """Makes the answers the JSON that they hold, and failures of those that do not fit the schema; these
         are first asked for once more, if the options say so."""
-        schema = answer_schema(options.answer_schema)
-
-        def invalid(indices: list[int], is_last: bool) -> dict[int, str]:
-            reasons = {}
-            for index in indices:
-                answer = results[index]
-                if isinstance(answer, Failure):
-                    continue
-                try:
-                    results[index] = replace(answer, text=schema.read(answer.text))
-                except InvalidAnswerError as error:
-                    reasons[index] = str(error)
-                    if is_last:
-                        results[index] = _unfit(answer, str(error))
-            return reasons
-
-        reasons = invalid(indices, is_last=not options.ask_again)
-        if not options.ask_again:
-            return
-        encoded, first = {}, {}
-        for index, reason in reasons.items():
-            first[index] = results[index]
-            wish = f"{WISH} {reason}"
+        first, encoded = {}, {}
+        for index in indices:
+            results[index] = fitting = _fitting(results[index], options)
+            if not options.ask_again or isinstance(fitting, Response) or fitting.answer is None:
+                continue
             try:
-                again = self._encoder.encode_again(prompts[index], options, first[index].text, wish)
-                encoded[index] = self._checked(again)
+                wish = f"{WISH} {fitting.error}"
+                again = self._encoder.encode_again(prompts[index], options, fitting.answer, wish)
+                first[index], encoded[index] = fitting, self._checked(again)
             except Exception as error:  # such a prompt keeps its first answer
                 log.info("A prompt is not asked again: %s", _describe(error))
         self._answer(encoded, options, on_batch, results)
         for index in encoded:
-            results[index] = replace(results[index], was_asked_again=True)
-        invalid(list(encoded), is_last=True)
-        for index in reasons.keys() - encoded.keys():
-            results[index] = _unfit(first[index], reasons[index])
+            second = _fitting(results[index], options)
+            if isinstance(second, Failure) and second.answer is None:  # late, for instance
+                second = replace(
+                    second,
+                    error=f"{first[index].error}; asked again: {second.error}",
+                    answer=first[index].answer,
+                )
+            results[index] = replace(second, was_asked_again=True)
 
     def _answer(
         self,
@@ -311,13 +306,15 @@ class LanguageModel:
         yield from self._isolate(batch[middle:], encoded, options, on_batch)
 
 
-def _unfit(answer: Response, reason: str) -> Failure:
-    return Failure(
-        f"the answer does not fit the schema: {reason}",
-        answer.finish_reason,
-        answer.text,
-        answer.was_asked_again,
-    )
+def _fitting(answer: Response | Failure, options: AnsweringOptions) -> Response | Failure:
+    """An answer as the JSON that it holds, or the failure that it is if it does not fit the schema."""
+    if isinstance(answer, Failure):
+        return answer
+    try:
+        return replace(answer, text=answer_schema(options.answer_schema).read(answer.text))
+    except InvalidAnswerError as error:
+        reason = f"the answer does not fit the schema: {error}"
+        return Failure(reason, answer.finish_reason, answer.text)
 
 
 def _is_broken_device(error: Exception) -> bool:

@@ -72,6 +72,7 @@ def option(
     within: Range | None = None,
     choices: tuple[str, ...] = (),
     pattern: str = "",
+    is_path: bool = False,
 ) -> Any:
     """A field of `AnsweringOptions`.
 
@@ -82,6 +83,7 @@ def option(
         within: the numbers that it takes.
         choices: the texts that it takes.
         pattern: a regular expression for those that it takes, in any case.
+        is_path: whether it may be a path.
     """
     return field(
         default=default,
@@ -91,6 +93,7 @@ def option(
             "within": within,
             "choices": choices,
             "pattern": pattern,
+            "is_path": is_path,
         },
     )
 
@@ -128,10 +131,16 @@ class AnsweringOptions:
     )
     answer_schema: str | None = option(
         None,
-        "A JSON Schema, or the file that has it: answers that are not JSON of this form fail.",
+        "A JSON Schema, or the file that has it: answers that are not JSON of this form fail. Its formats, "
+        "such as date, are not checked.",
         metavar="SCHEMA",
+        is_path=True,
     )
-    ask_again: bool = option(False, "Ask once more for an answer that does not fit answer_schema.")
+    ask_again: bool = option(
+        False,
+        "Ask once more for an answer that does not fit answer_schema, if with that answer the prompt is not "
+        "too long.",
+    )
     max_response_tokens: int = option(
         RESPONSE_TOKENS,
         "The most tokens in a response; the model may end it sooner.",
@@ -146,8 +155,8 @@ class AnsweringOptions:
     )
     max_response_seconds: float | None = option(
         None,
-        "The longest that answering a batch may take: responses that are not complete by then fail. By "
-        "default as long as it takes.",
+        "The longest that generating responses may take, of prompts that are computed together: those that "
+        "are not complete by then fail. By default as long as it takes.",
         metavar="S",
         within=SECONDS,
     )
@@ -220,7 +229,7 @@ class AnsweringOptions:
         within=SECONDS,
     )
     cache_dir: str | None = option(
-        None, "The folder that state dicts are copied to on a worker.", metavar="FOLDER"
+        None, "The folder that state dicts are copied to on a worker.", metavar="FOLDER", is_path=True
     )
 
     def __post_init__(self) -> None:
@@ -382,7 +391,7 @@ def _check(one: Field, value: Any) -> None:
         "bool": isinstance(value, bool),
         "int": isinstance(value, int) and not isinstance(value, bool),
         "float": isinstance(value, int | float) and not isinstance(value, bool),
-        "str": isinstance(value, str | os.PathLike),
+        "str": isinstance(value, (str | os.PathLike) if one.metadata["is_path"] else str),
     }[kind]
     within, choices = one.metadata["within"], one.metadata["choices"]
     if not is_right:

@@ -111,11 +111,20 @@ def check_prompting(system_prompt: str | None, template: str | None, prompt_form
         )
 
 
-def parse_prompt(text: str, prompt_format: str) -> Prompt:
+def parse_prompt(text: str, prompt_format: str, template: str | None = None) -> Prompt:
     """A prompt, from a message's text.
 
+    Args:
+        text: the message's.
+        prompt_format: `text`, `record` or `conversation`.
+        template: how a record is asked about.
+
+    Returns:
+        A text; of a record the fields that the template names, as texts; or turns. Unlike JSON from anywhere,
+        these have no depth and are all Unicode, so that Beam can code whatever comes.
+
     Raises:
-        PromptError: there is no such format, or the text is not JSON of that kind.
+        PromptError: there is no such format, or the text is not of it.
     """
     if prompt_format == TEXT:
         return text
@@ -128,7 +137,8 @@ def parse_prompt(text: str, prompt_format: str) -> Prompt:
     wanted, name = (dict, "an object") if prompt_format == RECORD else (list, "a list of turns")
     if not isinstance(value, wanted):
         raise PromptError(f"the message is JSON, but not {name}, as a {prompt_format} must be")
-    return value
+    request = Request(value, template=template)
+    return request.turns() if prompt_format == CONVERSATION else request.values
 
 
 class Request:
@@ -143,6 +153,7 @@ class Request:
         text: the part that may be cut: a text itself, the longest field of a record, the last turn of a
             conversation.
         is_conversation: whether it has several turns, besides a system prompt.
+        values: of a record, the fields that the template names, as texts.
 
     Raises:
         PromptError: it is empty, not of any kind of prompt, not Unicode, or lacks a field of the template.
@@ -154,7 +165,7 @@ class Request:
         self._exchanges: list[list[dict[str, str]]] = []
         self._dropped = 0
         self._template: Template | None = None
-        self._values: dict[str, str] = {}
+        self.values: dict[str, str] = {}
         self._cut = WHOLE_TEXT
         if isinstance(prompt, str):
             self.text = prompt
@@ -168,7 +179,7 @@ class Request:
             self._take_conversation(prompt)
         else:
             raise PromptError(f"the prompt is {type(prompt).__name__}: give text, a record or a conversation")
-        if not self.text.strip() and not any(value.strip() for value in self._values.values()):
+        if not self.text.strip() and not any(value.strip() for value in self.values.values()):
             raise PromptError("the prompt is empty")
         try:
             for turn in self.turns():
@@ -185,10 +196,15 @@ class Request:
         """
         text = self.text if text is None else text
         if self._template:
-            text = self._template.fill({**self._values, self._cut: text})
+            text = self._template.fill({**self.values, self._cut: text})
         system = [{"role": "system", "content": "\n\n".join(self._system)}] if self._system else []
         earlier = [turn for exchange in self._exchanges[self._dropped :] for turn in exchange]
         return [*system, *earlier, {"role": "user", "content": text}]
+
+    @property
+    def repeats(self) -> int:
+        """How often the part that may be cut stands in what is asked."""
+        return sum(name == self._cut for _, name in self._template.parts) if self._template else 1
 
     def drop_oldest(self, until: Callable[[], bool]) -> bool:
         """Leaves out the oldest exchanges of a conversation, as few as it takes.
@@ -213,9 +229,9 @@ class Request:
         if not template:
             raise PromptError("the prompt is a record, and there is no template to ask about it with")
         self._template = parse_template(template)
-        self._values = {name: _as_text(_field(record, name)) for name in sorted(self._template.fields)}
-        self._cut = max(self._values, key=lambda name: len(self._values[name]))
-        self.text = self._values[self._cut]
+        self.values = {name: _as_text(_field(record, name)) for name in sorted(self._template.fields)}
+        self._cut = max(self.values, key=lambda name: len(self.values[name]))
+        self.text = self.values[self._cut]
 
     def _take_conversation(self, turns: Sequence[Any]) -> None:
         """Checks the turns: those of the system come first, those of the user begin and end the rest."""

@@ -15,8 +15,8 @@ A message without a response goes to the dead-letter topic as it came, with the 
 with `prompt_message_id`, `model_name`, `ordering_key` and
 
 * `error`: the reason;
-* `finish_reason`: `time`, if the response was not complete in time;
-* `answer`: the first kB of what the model said, if that did not fit the schema.
+* `answer`: the first kB of what the model said, if that did not fit the schema;
+* `finish_reason`: `time`, if the response was not complete in time; else, if there is an answer, why it ends.
 
 Pub/Sub allows a message 100 attributes and 10 MB. Attributes that no longer fit are left out, the last by
 name first, and so are those that begin with `goog`, which are Pub/Sub's own; `attributes_left_out` says
@@ -58,7 +58,8 @@ class FailedPrompt(NamedTuple):
     Attributes:
         prompt: what was asked; `(key, prompt)` where the prompts had keys.
         error: the reason.
-        finish_reason: `time`, if the response was not complete in time.
+        finish_reason: `time`, if the response was not complete in time; else, if there is an answer, why it
+            ends.
         answer: what the model said, if that did not fit the schema.
     """
 
@@ -186,19 +187,19 @@ class AskMessages(beam.PTransform):
         super().__init__()
         self._model_name = model_name
         chosen = answering_options(options)
-        self._formats = chosen.prompt_format, chosen.answer_format
+        self._reading = chosen.prompt_format, chosen.template
+        self._answer_format = chosen.answer_format
         ask = AskModel(model_name, state_dict_path, keyed=True, whole=True, **options)
         self._ask = ask.with_exception_handling()
 
     # No return type, as above.
     def expand(self, messages: PCollection):
-        prompt_format, answer_format = self._formats
-        read = messages | "Read prompts" >> beam.ParDo(_read_prompt, prompt_format).with_outputs(
+        read = messages | "Read prompts" >> beam.ParDo(_read_prompt, *self._reading).with_outputs(
             "unreadable", main="prompts"
         )
         answered, failed = read.prompts | "Ask model" >> self._ask
         responses = answered | "To responses" >> beam.Map(
-            to_response, model_name=self._model_name, answer_format=answer_format
+            to_response, model_name=self._model_name, answer_format=self._answer_format
         )
         failures = (read.unreadable, failed) | "All failures" >> beam.Flatten()
         return responses, failures | "To dead letters" >> beam.Map(
@@ -206,11 +207,11 @@ class AskMessages(beam.PTransform):
         )
 
 
-def _read_prompt(message: PubsubMessage, prompt_format: str) -> Iterator[Any]:
+def _read_prompt(message: PubsubMessage, prompt_format: str, template: str | None) -> Iterator[Any]:
     prompt_format = (message.attributes or {}).get("prompt_format", prompt_format)
     # The whole message is the key, so that it comes out beside its response.
     try:
-        yield message, parse_prompt(message.data.decode(), prompt_format)
+        yield message, parse_prompt(message.data.decode(), prompt_format, template)
     except UnicodeDecodeError as error:
         yield TaggedOutput("unreadable", FailedPrompt((message, ""), f"the message is not UTF-8: {error}"))
     except PromptError as error:

@@ -53,6 +53,10 @@ STEP_ROWS = {"cpu": 16, "cuda": 4096}
 AVX512-BF16: some 8 on an idle machine, and up to 38 on a busy one. On an H100, a step of 128 rows takes no
 longer than one of a single row."""
 
+MOST_UNTIMED_STEPS = 16
+"""The most steps in which a group's longer prompts are read while there is a limit of time: CTranslate2 asks
+for the time after each token that it generates, and not in these."""
+
 CUBLAS = "libcublas.so.12"
 
 # Settings of the publisher's that mean the same here as in transformers. Others may, which nobody has shown.
@@ -202,7 +206,9 @@ class CTranslate2Engine:
             responses = [[int(token) for token in result.hypotheses[0]] for result in results]
             return [generated(tokens, ends, longest, deadline.has_passed) for tokens in responses]
         found: dict[int, Generated] = {}
-        for rows in self._groups([len(prompt) - prefix_tokens for prompt in prompts], longest):
+        lengths = [len(prompt) - prefix_tokens for prompt in prompts]
+        is_timed = options.max_response_seconds is not None
+        for rows in self._groups(lengths, longest, MOST_UNTIMED_STEPS if is_timed else None):
             deadline = _Deadline(options.max_response_seconds)
             results = self._engine.generate_batch(
                 [texts[row][prefix_tokens:] for row in rows],
@@ -220,7 +226,7 @@ class CTranslate2Engine:
             }
         return [found[row] for row in range(len(prompts))]
 
-    def _groups(self, lengths: Sequence[int], longest: int) -> Iterator[list[int]]:
+    def _groups(self, lengths: Sequence[int], longest: int, most_spread: int | None) -> Iterator[list[int]]:
         """The prompts that are computed together, by what is left of them after a prefix.
 
         Prompts of one token are computed apart from longer ones: beside them CTranslate2 4.8.5 takes all but
@@ -228,7 +234,9 @@ class CTranslate2Engine:
         """
         for is_single in (False, True):
             rows = [row for row, length in enumerate(lengths) if (length == 1) == is_single]
-            for group in groups_by_length([lengths[row] for row in rows], longest, self._step_rows):
+            for group in groups_by_length(
+                [lengths[row] for row in rows], longest, self._step_rows, most_spread
+            ):
                 yield [rows[place] for place in group]
 
     def company(self, samples: Sequence[list[int]]) -> Company:
@@ -271,7 +279,9 @@ class _Deadline:
         return self.has_passed
 
 
-def groups_by_length(lengths: Sequence[int], response_tokens: int, step_rows: int) -> list[list[int]]:
+def groups_by_length(
+    lengths: Sequence[int], response_tokens: int, step_rows: int, most_spread: int | None = None
+) -> list[list[int]]:
     """Which prompts of a batch are best computed together.
 
     CTranslate2 reads prompts together only up to the end of the shortest, and the rest of the longer ones a
@@ -283,6 +293,7 @@ def groups_by_length(lengths: Sequence[int], response_tokens: int, step_rows: in
         lengths: the tokens of each prompt.
         response_tokens: the most in a response.
         step_rows: see `STEP_ROWS`.
+        most_spread: the most tokens that the lengths of a group may differ by; None for any number.
 
     Returns:
         The indices of each group's prompts: the division that takes the least time.
@@ -301,6 +312,7 @@ def groups_by_length(lengths: Sequence[int], response_tokens: int, step_rows: in
                     start,
                 )
                 for start in range(end)
+                if most_spread is None or lengths[order[end - 1]] - lengths[order[start]] <= most_spread
             )
         )
     groups, end = [], len(order)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from helpers.model_handler.engines import generation_settings
-from helpers.model_handler.engines.engine import Generated, as_set, generated
+from helpers.model_handler.engines.engine import STOP, Generated, as_set, generated
 from helpers.model_handler.engines.neighbours import HALF_PRECISION_TOLERANCE, TOLERANCE, Company, establish
 from helpers.model_handler.engines.single_row import is_worthwhile, speed_up_single_rows
 from helpers.model_handler.options import AnsweringOptions
@@ -79,10 +79,28 @@ class TorchEngine:
         start = 1 if self._is_encoder_decoder else batch["input_ids"].shape[1]
         # Without what follows the end: padding need not be a token that decoding leaves out.
         ends = as_set(self.generation_config.eos_token_id)
+        responses = [_until_end(ids, ends) for ids in output[:, start:].tolist()]
         return [
-            generated(_until_end(ids, ends), ends, settings.max_new_tokens, deadline.has_passed)
-            for ids in output[:, start:].tolist()
+            self._ended_by_text(prompt, ids)
+            or generated(ids, ends, settings.max_new_tokens, deadline.has_passed)
+            for prompt, ids in zip(prompts, responses, strict=True)
         ]
+
+    def _ended_by_text(self, prompt: list[int], ids: list[int]) -> Generated | None:
+        """A response that one of the publisher's texts has ended, without the padding after it. Such a text
+        may have begun in the prompt, if the response continues it."""
+        texts = self.generation_config.stop_strings
+        if not texts or (ids and ids[-1] in as_set(self.generation_config.eos_token_id)):
+            return None
+        texts = [texts] if isinstance(texts, str) else texts
+        end = len(ids)
+        while end > 1 and ids[end - 1] == self._pad_token_id:
+            end -= 1
+        said, before = self._tokenizer.decode(ids[:end]), ""
+        if not self._is_encoder_decoder:
+            before = self._tokenizer.decode(prompt[-max(map(len, texts)) :])
+        is_ended = any(text in before[len(before) - len(text) + 1 :] + said for text in texts)
+        return Generated(ids[:end], STOP) if is_ended else None
 
     def company(self, samples: Sequence[list[int]]) -> Company:
         """See `Engine.company`; the model is asked."""
