@@ -1,0 +1,13 @@
+"""How fast and how late a stream is: load at given rates, and a model of the queue that predicts the rest."""
+
+from helpers import public
+
+__all__, __getattr__ = public(
+    __name__,
+    {
+        "arrivals": ["Phase", "poisson_arrivals"],
+        "load": ["LoadError", "Record", "Records", "send_load"],
+        "queueing": ["Simulated", "simulate"],
+        "service_time": ["Observed", "ServiceTime", "fit"],
+    },
+)

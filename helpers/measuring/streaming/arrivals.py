@@ -1,0 +1,58 @@
+"""When messages arrive: at random, independently of each other, at a rate that may change in phases."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MOST_MESSAGES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A time with a constant mean rate.
+
+    Attributes:
+        rate: messages a second, on average; 0 for none.
+        seconds: how long it lasts.
+
+    Raises:
+        ValueError: a rate or a time that cannot be.
+    """
+
+    rate: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}: it must be a number.")
+        if self.rate < 0 or self.seconds <= 0:
+            raise ValueError(
+                f"{self.rate:g} messages a second for {self.seconds:g} s: give 0 or more, for a time."
+            )
+        if self.rate * self.seconds > MOST_MESSAGES:
+            raise ValueError(f"{self.rate * self.seconds:,.0f} messages are more than {MOST_MESSAGES:,}.")
+
+
+def poisson_arrivals(phases: Sequence[Phase], seed: int = 0) -> list[float]:
+    """The times of a Poisson process, in seconds from its start and in order.
+
+    The gaps between arrivals are exponential, as those of independent senders are. A constant gap would hide
+    the queue: it forms where several messages come together by chance.
+
+    Args:
+        phases: one after the other.
+        seed: the same one gives the same times.
+    """
+    generator = random.Random(seed)
+    times, begin = [], 0.0
+    for phase in phases:
+        end, now = begin + phase.seconds, begin
+        while phase.rate > 0 and (now := now + generator.expovariate(phase.rate)) < end:
+            times.append(now)
+        begin = end
+    return times

@@ -1,0 +1,140 @@
+"""Load keeps its schedule and loses nothing; what it measures is what the simulated queue predicts."""
+
+import threading
+import time
+import uuid
+
+import pytest
+from google.cloud import pubsub_v1
+
+from helpers import pubsub
+from helpers.measuring.streaming import LoadError, Phase, poisson_arrivals, send_load, simulate
+from helpers.measuring.streaming import load as load_module
+
+
+@pytest.fixture
+def topics(cloud):
+    """The paths of a stream's topics and of subscriptions to them."""
+    run = uuid.uuid4().hex[:8]
+    paths = {}
+    for name in ("messages", "responses", "dead"):
+        paths[name] = pubsub.create_topic(cloud.project, f"{name}-{run}")
+        paths[f"{name}-subscription"] = pubsub.create_subscription(paths[name], f"{name}-{run}")
+    yield paths
+    pubsub.delete(*paths.values())
+
+
+class Job:
+    """Stands in for a job: takes what waits, up to so many, needs a known time for it, and answers it."""
+
+    def __init__(self, paths, seconds_of, most, dies_after=float("inf")):
+        self._paths, self._seconds_of, self._most = paths, seconds_of, most
+        self._left = dies_after
+        self.has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.has_ended.set()
+        self._thread.join(10)
+
+    def _run(self):
+        publisher = pubsub_v1.PublisherClient()
+        with pubsub_v1.SubscriberClient() as subscriber:
+            source = self._paths["messages-subscription"]
+            while not self.has_ended.is_set():
+                try:
+                    pulled = subscriber.pull(
+                        subscription=source, max_messages=self._most, timeout=1
+                    ).received_messages
+                except Exception:
+                    continue
+                time.sleep(self._seconds_of(len(pulled)))
+                for one in pulled:
+                    bad = one.message.data == b"bad"
+                    topic = self._paths["dead" if bad else "responses"]
+                    publisher.publish(topic, b"answer", **dict(one.message.attributes))
+                    if one.message.data == b"twice":
+                        publisher.publish(topic, b"answer", **dict(one.message.attributes))
+                subscriber.acknowledge(subscription=source, ack_ids=[one.ack_id for one in pulled])
+                self._left -= len(pulled)
+                if self._left <= 0:
+                    self.has_ended.set()
+
+
+def send(paths, times, prompts, **options):
+    return send_load(
+        paths["messages"],
+        times,
+        prompts,
+        responses=paths["responses-subscription"],
+        dead_letters=paths["dead-subscription"],
+        **options,
+    )
+
+
+def test_two_hundred_messages_a_second_are_sent_when_they_are_to_be(topics):
+    times = poisson_arrivals([Phase(200, 4)], seed=1)
+    lateness = []
+    for _ in range(3):  # other work on the machine can only make them later
+        found = send(topics, times, ["Hi"], wait_seconds=0)
+        assert [one.intended for one in found.messages] == times
+        assert found.waiting == len(times)
+        lateness.append(found.lateness(0.99))
+        if lateness[-1] < 0.005:
+            break
+    assert min(lateness) < 0.005, lateness
+
+
+@pytest.mark.parametrize("rate", [2.0, 6.0])
+def test_what_is_measured_is_what_the_queue_predicts(rate, topics):
+    """A bundle of n takes 0.2 + 0.02 n seconds."""
+
+    def seconds_of(size):
+        return 0.2 + 0.02 * size
+
+    times = poisson_arrivals([Phase(rate, 12)], seed=2)
+    with Job(topics, seconds_of, most=16):
+        found = send(topics, times, ["Hi"], wait_seconds=30)
+    predicted = simulate(times, lambda places: seconds_of(len(places)), most=16)
+    assert found.waiting == 0
+    assert found.rate == pytest.approx(predicted.rate, rel=0.1)
+    assert found.latency(0.95) == pytest.approx(predicted.latency(0.95), rel=0.25)
+    assert found.latency(0.5) == pytest.approx(predicted.latency(0.5), rel=0.25)
+
+
+def test_every_message_is_accounted_for(topics):
+    times = poisson_arrivals([Phase(50, 2)], seed=3)
+    with Job(topics, lambda size: 0.0, most=100):
+        found = send(topics, times, ["good", "bad", "twice"], wait_seconds=30)
+    assert len(found.messages) == len(times)
+    assert found.dead == len(times) // 3 + (len(times) % 3 > 1)
+    assert found.waiting == 0
+    assert len(found.answered) + found.dead == len(times)
+    assert found.repeated <= len(times) // 3
+
+
+def test_a_job_that_ends_in_the_middle_ends_the_run_and_leaves_the_rest_waiting(topics):
+    times = poisson_arrivals([Phase(20, 60)], seed=4)
+    began = time.monotonic()
+    with Job(topics, lambda size: 0.1, most=5, dies_after=20) as job:
+        found = send(topics, times, ["Hi"], wait_seconds=30, should_stop=job.has_ended.is_set)
+    assert time.monotonic() - began < 20
+    assert found.waiting > 0
+    assert len(found.answered) + found.dead + found.waiting == len(found.messages)
+
+
+def test_what_cannot_be_sent_is_an_error_that_says_what_to_do(topics, monkeypatch):
+    monkeypatch.setattr(load_module, "MOST_LATE_SECONDS", 0.05)
+    with pytest.raises(LoadError, match="Ask for a lower one"):
+        send(topics, [n * 1e-6 for n in range(20_000)], ["Hi"])
+    with pytest.raises(LoadError, match="cannot be published"):
+        send(topics | {"messages": topics["messages"] + "x"}, [0.0], ["Hi"], wait_seconds=1)
+    for prompts in ([], [""]):
+        with pytest.raises(ValueError, match="no prompts"):
+            send(topics, [0.0], prompts)
+    with pytest.raises(ValueError, match="order"):
+        send(topics, [1.0, 0.0], ["Hi"])
