@@ -92,6 +92,11 @@ def test_a_job_answers_each_message_and_is_drained_with_nothing_lost(cloud, mode
     assert job.drain() == "DRAINED", "draining a drained job changes nothing"
     counters = job.counters()
     assert (counters["models_loaded"], counters["dead_letters"]) == (1, 2)
+    sizes, times = (job.distributions()[name] for name in ("batch_size", "batch_milliseconds"))
+    assert sizes.sum == len(ids)
+    assert sizes.count == times.count <= len(ids)
+    assert 1 <= sizes.min <= sizes.mean <= sizes.max
+    assert times.mean > 0
     assert [status.state for status in job.watch(seconds=60)] == ["DRAINED"], "there is no more to see"
     # What comes after the drain waits for the next job.
     late = pubsub.publish(topics["messages"], ["late"])

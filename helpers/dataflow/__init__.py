@@ -6,7 +6,7 @@ __all__, __getattr__ = public(
     __name__,
     {
         "cloud_checks": ["Finding"],
-        "job": ["Job", "JobError", "TERMINAL"],
+        "job": ["Distribution", "Job", "JobError", "TERMINAL"],
         "job_checks": ["PreflightError", "misses", "preflight", "require"],
         "job_estimate": ["estimate"],
         "job_list": ["ListedJob", "find_name", "list_series", "reap"],

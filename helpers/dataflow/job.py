@@ -33,6 +33,29 @@ class JobError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """What is known of many values of a job's: how many there were, their sum, the least and the greatest."""
+
+    count: int
+    sum: int
+    min: int
+    max: int
+
+    @property
+    def mean(self) -> float:
+        """Their mean; 0 if there were none."""
+        return self.sum / self.count if self.count else 0.0
+
+    def __add__(self, other: Distribution) -> Distribution:
+        return Distribution(
+            self.count + other.count,
+            self.sum + other.sum,
+            min(self.min, other.min),
+            max(self.max, other.max),
+        )
+
+
+@dataclass(frozen=True)
 class Job:
     """A job on Dataflow."""
 
@@ -106,16 +129,32 @@ class Job:
 
     def counters(self) -> dict[str, int]:
         """The pipeline's own counters, for instance `response_tokens`, summed over its steps."""
+        totals: dict[str, int] = {}
+        for metric in self._user_metrics():
+            if isinstance(metric.scalar, int | float):  # a distribution has no scalar
+                totals[metric.name.name] = totals.get(metric.name.name, 0) + int(metric.scalar)
+        return totals
+
+    def distributions(self) -> dict[str, Distribution]:
+        """The model handler's distributions, `batch_size` and `batch_milliseconds`, over all steps: Beam has
+        others of the same names."""
+        from helpers.model_handler import NAMESPACE  # here: the process that guards a job needs no torch
+
+        found: dict[str, Distribution] = {}
+        for metric in self._user_metrics():
+            if metric.distribution and metric.name.context.get("namespace") == NAMESPACE:
+                values = {part: int(metric.distribution[part]) for part in ("count", "sum", "min", "max")}
+                one, before = Distribution(**values), found.get(metric.name.name)
+                found[metric.name.name] = one if before is None else before + one
+        return found
+
+    def _user_metrics(self) -> Iterator[dataflow.MetricUpdate]:
         request = dataflow.GetJobMetricsRequest(
             project_id=self.project, location=self.location, job_id=self.job_id
         )
-        totals: dict[str, int] = {}
         for metric in _client(dataflow.MetricsV1Beta3Client).get_job_metrics(request).metrics:
-            name = metric.name
-            is_counter = isinstance(metric.scalar, int | float)  # a distribution has no scalar
-            if name.origin == "user" and "tentative" not in name.context and is_counter:
-                totals[name.name] = totals.get(name.name, 0) + int(metric.scalar)
-        return totals
+            if metric.name.origin == "user" and "tentative" not in metric.name.context:
+                yield metric
 
     def watch(
         self, *, seconds: float, every: float = 5.0, subscription: str | None = None

@@ -4,6 +4,7 @@ expected ones.
 python -m helpers.measuring google/flan-t5-small google/flan-t5-base
 python -m helpers.measuring --overhead
 python -m helpers.measuring evaluate --state-dict-path NEW.pt --cases cases.jsonl --against OLD.pt
+python -m helpers.measuring load --project P --rate 5 --seconds 60 "What is the capital of France?"
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["evaluate"]:
         return _evaluate(arguments[1:])
+    if arguments[:1] == ["load"]:
+        return _load(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m helpers.measuring", description="Compares predicted with measured memory."
     )
@@ -97,6 +100,67 @@ def _evaluate(arguments: list[str]) -> int:
         print(f"error: {found.right:.0%} right, and {given.at_least:.0%} are wanted", file=sys.stderr)
         return 1
     return 0
+
+
+def _load(arguments: list[str]) -> int:
+    import uuid
+
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
+
+    from helpers import pubsub
+    from helpers.measuring.streaming import LoadError, Phase, poisson_arrivals, send_load
+
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.measuring load",
+        description="Publishes prompts to a running job at a mean rate, whatever the job does, and says how "
+        "late the responses are. The last line is JSON.",
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="taken in turn")
+    parser.add_argument("--project", required=True)
+    parser.add_argument("--rate", type=float, required=True, help="messages a second")
+    parser.add_argument("--seconds", type=float, required=True, help="how long to send")
+    parser.add_argument("--wait-seconds", type=float, default=120, help="for responses; default: %(default)g")
+    parser.add_argument("--seed", type=int, default=0, help="the same one gives the same times")
+    for name in ("messages", "responses", "dead-letters"):
+        parser.add_argument(f"--{name}", default=name, metavar="NAME", help=f"the topic; default: {name}")
+    given = parser.parse_args(arguments)
+    topic = f"projects/{given.project}/topics"
+    made: list[str] = []
+    try:
+        times = poisson_arrivals([Phase(given.rate, given.seconds)], given.seed)
+        # Of its own, so that whatever else reads the responses keeps reading them.
+        for name in (given.responses, given.dead_letters):
+            made.append(pubsub.create_subscription(f"{topic}/{name}", f"load-{uuid.uuid4().hex[:12]}"))
+        found = send_load(
+            f"{topic}/{given.messages}",
+            times,
+            given.prompts,
+            responses=made[0],
+            dead_letters=made[1],
+            wait_seconds=given.wait_seconds,
+        )
+    except (GoogleAPICallError, GoogleAuthError, LoadError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        pubsub.delete(*made)
+    summary = {
+        "published": len(found.messages),
+        "answered": len(found.answered),
+        "dead_letters": found.dead,
+        "waiting": found.waiting,
+        "repeated": found.repeated,
+        "answers_per_second": found.rate,
+    }
+    if found.answered:
+        summary |= {f"p{share * 100:g}_seconds": found.latency(share) for share in (0.5, 0.95, 0.99)}
+    if found.messages:
+        summary["p99_seconds_sent_late"] = found.lateness(0.99)
+    print(json.dumps(summary))
+    if found.waiting:
+        print(f"error: {found.waiting} messages have no answer. Is a job running?", file=sys.stderr)
+    return 1 if found.waiting else 0
 
 
 if __name__ == "__main__":
