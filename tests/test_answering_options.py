@@ -18,7 +18,7 @@ from helpers.dataflow import job_options, jobs, submission
 from helpers.load_state_dict import convert
 from helpers.model_handler import AnsweringOptions, LanguageModelHandler
 from helpers.model_handler.options import NAMES, answering_options
-from helpers.pipeline import AskMessages, AskModel
+from helpers.pipeline import AskMessages, AskModel, CommandLineError
 from helpers.pipeline.command_line import parse, parser
 
 ROOT = Path(helpers.__file__).parent
@@ -80,8 +80,25 @@ def test_what_is_used_in_pipelines_shows_an_example(entrance):
 def test_the_command_line_takes_each_option_and_leaves_out_what_is_not_given(name):
     text, value = OTHER[name]
     flag = f"--{name.replace('_', '-')}"
-    given = parse([*REQUIRED, f"{flag}={text}" if text else flag])
-    assert {key: given.arguments[key] for key in NAMES if key in given.arguments} == {name: value}
+    beside = [f"--{other.replace('_', '-')}={given}" for other, given in BESIDE.get(name, {}).items()]
+    given = parse([*REQUIRED, f"{flag}={text}" if text else flag, *beside])
+    chosen = {key: given.arguments[key] for key in NAMES if key in given.arguments}
+    assert chosen == {name: value} | BESIDE.get(name, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--ask-again"], "needs an answer_schema"),
+        (["--answer-schema=nowhere.json"], "no file of one"),
+        (["--template={x}"], "prompt_format record"),
+        (["--prompt-format=record"], "needs a template"),
+        (["--engine=torch", "--dtype=int8"], "int8"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_read(arguments, reason):
+    with pytest.raises(CommandLineError, match=reason):
+        parse([*REQUIRED, *arguments])
 
 
 @pytest.mark.parametrize("command", [["helpers.pipeline"], ["helpers.dataflow", "preflight"]])

@@ -144,7 +144,8 @@ def _load(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        pubsub.delete(*made)
+        if made:
+            pubsub.delete(*made)
     summary = {
         "published": len(found.messages),
         "answered": len(found.answered),

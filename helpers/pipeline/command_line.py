@@ -12,7 +12,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 from apache_beam.transforms.ptransform import PTransform
 
-from helpers.model_handler.options import add_arguments
+from helpers.model_handler.options import NAMES, add_arguments, answering_options
 from helpers.pipeline.stream import CommandLineError, launch
 
 
@@ -71,14 +71,18 @@ def parse(argv: Sequence[str] | None = None) -> CommandLine:
     """Parses a command line.
 
     Raises:
-        CommandLineError: it is not understood; Beam itself would only warn of an option that it does not
-            know.
+        CommandLineError: it is not understood, or does not go together; Beam itself would only warn of an
+            option that it does not know.
     """
     own = parser()
     parsed, beam_arguments = own.parse_known_args(argv)
     check_beam_arguments(beam_arguments)
     arguments = vars(parsed)
     job = {name: arguments.pop(name) for name in JOB_ARGUMENTS if name in arguments}
+    try:
+        answering_options({name: arguments[name] for name in NAMES if name in arguments})
+    except ValueError as error:  # what does not go together
+        raise CommandLineError(str(error)) from error
     return CommandLine(arguments, job, beam_arguments)
 
 
