@@ -89,7 +89,7 @@ def publish(topic: str, texts: Iterable[str | bytes], /, **attributes: str) -> l
         )
     messages = [PubsubMessage(data=item, attributes=attributes) for item in data]
     ids: list[str] = []
-    for batch in _requests(messages):
+    for batch in in_requests(messages):
         # As messages, by the service's own call, which the client inherits: its publish() takes attributes
         # for arguments, of which `topic`, `data` and `timeout` are its own.
         response = PublisherClient.publish(publisher, topic=topic, messages=batch, timeout=PUBLISH_SECONDS)
@@ -97,7 +97,7 @@ def publish(topic: str, texts: Iterable[str | bytes], /, **attributes: str) -> l
     return ids
 
 
-def _requests(messages: Iterable[PubsubMessage]) -> Iterator[list[PubsubMessage]]:
+def in_requests(messages: Iterable[PubsubMessage]) -> Iterator[list[PubsubMessage]]:
     """Messages in lots that one request may hold: https://cloud.google.com/pubsub/quotas#resource_limits"""
     batch: list[PubsubMessage] = []
     size = 0

@@ -35,7 +35,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(tmp_path):
         found = [line for file in tmp_path.glob(pattern) for line in file.read_text().splitlines()]
         return [json.loads(line) for line in found]
 
-    assert len(read("answers-0*")) == 3
+    assert sorted(prompt for prompt, _ in read("answers-0*")) == ["Hello", "Hello", "write to [e-mail]"]
     [(prompt, reason)] = read("answers-failed-*")
     assert prompt == "x" * 3000
     assert "the limit is" in reason
@@ -60,10 +60,9 @@ def test_a_stream_has_the_steps_too(cloud, bucket, tmp_path):
     try:
         pubsub.publish(topics["m"], ["Hello", "write to a.b@example.org"])
         answers = pubsub.collect(waiting["r"], 2, timeout=120)
-        cut = [one for one in answers if one.attributes["finish_reason"] == "length"]
         assert len(answers) == 2
-        assert all(one.data.decode().endswith("…") == (one in cut) for one in answers)
-        assert cut, "the test shows nothing"
+        for one in answers:
+            assert (one.attributes["is_cut"] == "yes") == (one.attributes["finish_reason"] == "length")
         pubsub.publish(topics["m"], ["a.b@example.org " + "x" * 3000])
         [letter] = pubsub.collect(waiting["d"], 1, timeout=60)
         assert letter.data.startswith(b"[e-mail] xxx")

@@ -60,11 +60,20 @@ def test_the_share_right_and_what_changed(state_dicts, tmp_path, capsys):
     arguments = ["evaluate", "--state-dict-path", new, "--cases", str(tmp_path / "cases.jsonl")]
     arguments += ["--against", old, "--max-response-tokens", "6"]
     assert main(arguments) == 0
-    assert "25% of 4 right, 3 changed, 1 lost, 1 gained" in capsys.readouterr().out
+    assert "1 of 4 right, 3 changed, 1 lost, 1 gained" in capsys.readouterr().out
     assert main([*arguments, "--json", "--at-least", "0.5"]) == 1
     printed = capsys.readouterr()
     assert json.loads(printed.out)["right"] == 0.25
-    assert "50% are wanted" in printed.err
+    assert "2 are wanted" in printed.err
+    for share in ("nan", "-1", "90"):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--at-least", share])
+    assert "from 0 to 1" in capsys.readouterr().err
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "one\u2028two", "pattern": ""}\n')
+    assert len(evaluate(new, tmp_path / "lines.jsonl", **OPTIONS).outcomes) == 1
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(CaseError, match=r"latin.jsonl is not UTF-8"):
+        evaluate(new, tmp_path / "latin.jsonl")
     assert main([*arguments[:-2], "--engine", "torch", "--cases", "nowhere.jsonl"]) == 1
     assert "nowhere.jsonl" in capsys.readouterr().err
 
@@ -81,6 +90,7 @@ def test_the_share_right_and_what_changed(state_dicts, tmp_path, capsys):
         ({"field": {"kind": "bill", "of.n": 2}}, '```json\n{"kind": "bill", "of": {"n": 2}}\n```', ""),
         ({"field": {"kind": "bill"}}, '{"kind": "fault"}', "kind is 'fault', not 'bill'"),
         ({"field": {"n": True}}, '{"n": 1}', "n is 1, not True"),
+        ({"field": {"n": {"b": True}}}, '{"n": {"b": 1}}', "n is {'b': 1}, not {'b': True}"),
         ({"field": {"n": 1}}, "[1]", "n is None, not 1"),
         ({"field": {"n": 1}}, "none", "it is not JSON"),
         ({"contains": "a", "exact": "ab"}, "a", "not exactly 'ab'"),
@@ -100,6 +110,7 @@ def test_what_is_right(case, text, wrong):
         ([{"prompt": "x", "matches": "y"}], "'matches'"),
         ([{"prompt": "x", "exact": "y"}, {"prompt": "x", "pattern": "("}], "case 2 has a pattern"),
         ([{"prompt": "x", "exact": 1}], "no text"),
+        ([{"prompt": 7, "exact": "x"}], "no text, record or conversation"),
         ([{"prompt": "x", "field": "kind"}], "no object of names"),
         ("{", "line 1 of .* is not JSON"),
         ('{"prompt": "x", "exact": "y"}\n[]', "line 2"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_models import save_checkpoint
 
 from helpers.load_state_dict import convert
-from helpers.model_handler import Response
+from helpers.model_handler import Failure, Response
 from helpers.pipeline import AskModel, transforms
 from helpers.pipeline.__main__ import main
 from helpers.pipeline.command_line import check_beam_arguments, parser
@@ -241,7 +241,7 @@ def test_nothing_is_sent_that_pubsub_refuses():
     assert response.attributes["attributes_left_out"] == "1"
     assert not [name for name in response.attributes if name.startswith("goog")]
     largest = PubsubMessage(b"\xff" * 9_999_000, {"a": "b" * 900}, "1", ordering_key="k" * 1024)
-    letter = to_dead_letter(FailedPrompt((largest, ""), "e" * 2000, "length", "a" * 2000), "model")
+    letter = to_dead_letter(FailedPrompt((largest, ""), Failure("e" * 2000, "length", "a" * 2000)), "model")
     size = len(letter.data) + sum(len(f"{name}{value}") for name, value in letter.attributes.items())
     assert size < 10_000_000
     assert int(letter.attributes["data_bytes_cut"]) == len(largest.data) - len(letter.data) > 0

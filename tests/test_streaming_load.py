@@ -6,11 +6,12 @@ import time
 import uuid
 
 import pytest
+from google.api_core.exceptions import ServiceUnavailable
 from google.cloud import pubsub_v1
 
 from helpers import pubsub
 from helpers.measuring.__main__ import main
-from helpers.measuring.streaming import LoadError, Phase, poisson_arrivals, send_load, simulate
+from helpers.measuring.streaming import Phase, SendingError, poisson_arrivals, send_load, simulate
 from helpers.measuring.streaming import load as load_module
 
 
@@ -150,14 +151,55 @@ def test_a_job_that_ends_in_the_middle_ends_the_run_and_leaves_the_rest_waiting(
     assert len(found.answered) + found.dead + found.waiting == len(found.messages)
 
 
+def test_a_subscription_that_cannot_be_read_is_an_error_and_not_silence(topics):
+    for name in ("responses-subscription", "dead-subscription"):
+        with pytest.raises(SendingError, match="nowhere"):
+            send(topics | {name: topics[name] + "nowhere"}, [0.0, 30.0], ["Hi"])
+
+
+def test_a_job_that_cannot_be_asked_after_ends_the_run(topics):
+    def should_stop():
+        raise RuntimeError("no such job")
+
+    began = time.monotonic()
+    with pytest.raises(SendingError, match="no such job"):
+        send(topics, [0.0, 60.0], ["Hi"], should_stop=should_stop)
+    assert time.monotonic() - began < 20
+
+
+def test_what_the_service_refuses_for_once_is_tried_again(topics, monkeypatch):
+    acknowledge, failed = pubsub_v1.SubscriberClient.acknowledge, []
+
+    def fails_once(self, *arguments, **named):
+        if not failed and named["subscription"] == topics["responses-subscription"]:
+            failed.append(True)
+            raise ServiceUnavailable("not now")
+        return acknowledge(self, *arguments, **named)
+
+    monkeypatch.setattr(pubsub_v1.SubscriberClient, "acknowledge", fails_once)
+    with Job(topics, lambda size: 0.0, most=2):
+        found = send(topics, [n / 10 for n in range(20)], ["Hi"], wait_seconds=20)
+    assert failed
+    assert (len(found.answered), found.waiting) == (20, 0)
+
+
+def test_large_messages_go_in_requests_that_the_service_takes(topics):
+    found = send(topics, [0.0] * 30, ["x" * 1_000_000], wait_seconds=0)
+    assert len(pubsub.collect(topics["messages-subscription"], 30, timeout=30)) == len(found.messages) == 30
+    assert found.latency(0.5) == float("inf")
+
+
 def test_what_cannot_be_sent_is_an_error_that_says_what_to_do(topics, monkeypatch):
     monkeypatch.setattr(load_module, "MOST_LATE_SECONDS", 0.05)
-    with pytest.raises(LoadError, match="Ask for a lower one"):
+    with pytest.raises(SendingError, match="Ask for a lower one"):
         send(topics, [n * 1e-6 for n in range(20_000)], ["Hi"])
-    with pytest.raises(LoadError, match="cannot be published"):
+    with pytest.raises(SendingError, match="cannot be published"):
         send(topics | {"messages": topics["messages"] + "x"}, [0.0], ["Hi"], wait_seconds=1)
-    for prompts in ([], [""]):
+    for prompts in ([], [""], "Hi"):
         with pytest.raises(ValueError, match="no prompts"):
             send(topics, [0.0], prompts)
+    for times in ([float("nan")], [-1.0], [float("inf")]):
+        with pytest.raises(ValueError, match="0 or more"):
+            send(topics, times, ["Hi"])
     with pytest.raises(ValueError, match="order"):
         send(topics, [1.0, 0.0], ["Hi"])

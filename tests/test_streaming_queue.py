@@ -111,17 +111,43 @@ def test_a_known_service_time_is_found_again_through_noise():
         assert found.seconds(prompts, responses) == pytest.approx(true.seconds(prompts, responses), rel=0.05)
 
 
-def test_batches_of_one_size_tell_no_service_time():
-    with pytest.raises(ValueError, match="four different sizes"):
-        fit([Observed(10, 4, 8, 0.1)] * 20)
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [],
+        [Observed(10, 4, 8, 0.1)] * 20,
+        # All responses are as long as may be: a step is a part of a batch, and a token of a prompt.
+        [Observed(30 * n, 32, 32 * n, 0.1 + 0.02 * n) for n in range(1, 9)],
+    ],
+)
+def test_batches_that_are_too_alike_tell_no_service_time(batches):
+    with pytest.raises(ValueError, match="do not tell"):
+        fit(batches)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_times_that_cannot_be_are_refused(seconds):
+    with pytest.raises(ValueError, match="cannot be"):
+        Observed(1, 1, 1, seconds)
+    if seconds:
+        with pytest.raises(ValueError, match="cannot be"):
+            simulate([0.0], lambda places: seconds)
+
+
+def test_percentiles_are_nearest_ranks_for_every_share():
+    for share in range(1, 101):
+        assert percentile(range(1, 101), share / 100) == share
+    assert simulate([0.0], lambda places: 1.0).drained_at(100) == 100
 
 
 @pytest.mark.parametrize(
-    "values", [(-1, 1), (1, 0), (math.nan, 1), (math.inf, 1), ("fast", 1), (True, 1), (10**9, 10**9)]
+    "values", [(-1, 1), (1, 0), (math.nan, 1), (math.inf, 1), ("fast", 1), (True, 1), (10**400, 1)]
 )
 def test_rates_that_cannot_be_are_refused(values):
     with pytest.raises(ValueError):
         Phase(*values)
+    with pytest.raises(ValueError, match="more than"):
+        poisson_arrivals([Phase(10**6, 6), Phase(10**6, 6)])
 
 
 def test_the_arrivals_of_a_seed_are_the_same_and_have_their_rate():

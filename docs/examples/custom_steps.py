@@ -5,7 +5,8 @@ In a stream, on any runner, with all arguments of `python -m helpers.pipeline`:
     python docs/examples/custom_steps.py --messages-subscription ... --responses-topic ... \\
         --state-dict-path gs://BUCKET/NAME.pt --model-name MODEL --runner DataflowRunner ...
 
-From a text file to a text file, a prompt and an answer a line, on this machine:
+From a text file to a text file, on this machine; each line of `answers-00000-of-00001` has a prompt and its
+answer, in any order:
 
     python docs/examples/custom_steps.py --input prompts.txt --output answers \\
         --state-dict-path NAME.pt --model-name MODEL
@@ -41,10 +42,10 @@ def redact_message(message: PubsubMessage) -> PubsubMessage:
 
 
 def mark_cut(response: PubsubMessage) -> PubsubMessage:
-    """An answer that ended for lack of tokens says so."""
-    if response.attributes["finish_reason"] != "length":
-        return response
-    return PubsubMessage(response.data + " …".encode(), response.attributes)
+    """Says in an attribute whether the answer ended for lack of tokens. The data stays as it is: it may be
+    JSON."""
+    is_cut = response.attributes["finish_reason"] == "length"
+    return PubsubMessage(response.data, {**response.attributes, "is_cut": "yes" if is_cut else "no"})
 
 
 def answer_file(argv: list[str]) -> None:
@@ -56,13 +57,14 @@ def answer_file(argv: list[str]) -> None:
     options = beam.options.pipeline_options.PipelineOptions(beam_arguments)
     with beam.Pipeline(options=options) as pipeline:
         prompts = pipeline | beam.io.ReadFromText(given.input) | "Redact" >> beam.Map(redact)
-        ask = AskModel(given.model_name, given.state_dict_path, max_response_tokens=32)
-        answers, failed = prompts | ask.with_exception_handling()
+        ask = AskModel(given.model_name, given.state_dict_path, max_response_tokens=32, keyed=True)
+        keyed = prompts | "Prompts as keys" >> beam.Map(lambda prompt: (prompt, prompt))
+        answers, failed = keyed | ask.with_exception_handling()
         # An answer may have several lines: as JSON it has one.
         answers | "As JSON" >> beam.Map(json.dumps) | beam.io.WriteToText(given.output)
         (
             failed
-            | "With reasons" >> beam.Map(lambda one: json.dumps([one.prompt, one.error]))
+            | "With reasons" >> beam.Map(lambda one: json.dumps([one.prompt[0], one.error]))
             | "Write failures" >> beam.io.WriteToText(f"{given.output}-failed")
         )
 

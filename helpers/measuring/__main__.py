@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -73,9 +74,16 @@ def _evaluate(arguments: list[str]) -> int:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--state-dict-path", required=True, help=".../NAME.pt, local or gs://")
-    parser.add_argument("--cases", required=True, help="a file: helpers.measuring.evaluation says of what")
+    parser.add_argument(
+        "--cases",
+        required=True,
+        help='a file with a case on each line, as JSON: {"prompt": ..., "contains": ...}, or exact, pattern, '
+        "field in the place of contains",
+    )
     parser.add_argument("--against", default=None, help="the state dict that serves now")
-    parser.add_argument("--at-least", type=float, default=0.0, help="the least share right, 0 to 1")
+    parser.add_argument(
+        "--at-least", type=_share, default=0.0, metavar="SHARE", help="the least share right, 0 to 1"
+    )
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
     add_arguments(parser.add_argument_group("answering"))
     given = parser.parse_args(arguments)
@@ -85,6 +93,7 @@ def _evaluate(arguments: list[str]) -> int:
     except (EngineError, ModelError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    right = sum(not one.wrong for one in found.outcomes)
     if given.json:
         lists = {
             name: [asdict(one) for one in getattr(found, name)] for name in ("changed", "lost", "gained")
@@ -95,11 +104,19 @@ def _evaluate(arguments: list[str]) -> int:
             mark = "right" if not one.wrong else "WRONG"
             print(f"{mark}  {one.prompt!r:.60}  {one.answer!r:.80}  {one.wrong:.80}".rstrip())
         counts = f", {len(found.changed)} changed, {len(found.lost)} lost, {len(found.gained)} gained"
-        print(f"{found.right:.0%} of {len(found.outcomes)} right{counts if given.against else ''}")
+        print(f"{right} of {len(found.outcomes)} right{counts if given.against else ''}")
     if found.right < given.at_least:
-        print(f"error: {found.right:.0%} right, and {given.at_least:.0%} are wanted", file=sys.stderr)
+        wanted = math.ceil(round(given.at_least * len(found.outcomes), 9))
+        print(f"error: {right} of {len(found.outcomes)} right, and {wanted} are wanted", file=sys.stderr)
         return 1
     return 0
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: give a number from 0 to 1")
+    return value
 
 
 def _load(arguments: list[str]) -> int:
@@ -109,7 +126,7 @@ def _load(arguments: list[str]) -> int:
     from google.auth.exceptions import GoogleAuthError
 
     from helpers import pubsub
-    from helpers.measuring.streaming import LoadError, Phase, poisson_arrivals, send_load
+    from helpers.measuring.streaming import Phase, SendingError, poisson_arrivals, send_load
 
     parser = argparse.ArgumentParser(
         prog="python -m helpers.measuring load",
@@ -140,7 +157,7 @@ def _load(arguments: list[str]) -> int:
             dead_letters=made[1],
             wait_seconds=given.wait_seconds,
         )
-    except (GoogleAPICallError, GoogleAuthError, LoadError, ValueError) as error:
+    except (GoogleAPICallError, GoogleAuthError, SendingError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -155,7 +172,9 @@ def _load(arguments: list[str]) -> int:
         "answers_per_second": found.rate,
     }
     if found.answered:
-        summary |= {f"p{share * 100:g}_seconds": found.latency(share) for share in (0.5, 0.95, 0.99)}
+        late = {f"p{share * 100:g}_seconds": found.latency(share) for share in (0.5, 0.95, 0.99)}
+        # None for later than was waited for; JSON has no infinity.
+        summary |= {name: value if math.isfinite(value) else None for name, value in late.items()}
     if found.messages:
         summary["p99_seconds_sent_late"] = found.lateness(0.99)
     print(json.dumps(summary))

@@ -1,11 +1,13 @@
 """Whether a state dict answers as it should, before it takes another's place: prompts with expected answers.
 
-A case is a prompt and what its answer must be, as a JSON object: `prompt`, and one or more of
+A case is a prompt and what its answer must be, as a JSON object: `prompt`, which is a text, a record (an
+object) or a conversation (a list of turns), and one or more of
 
 * `exact`: the answer, but for space around it;
 * `contains`: a text in it, in capitals or not;
 * `pattern`: a regular expression that is found in it;
-* `field`: of an answer that is or holds JSON, values by name, with dots for a field in a field.
+* `field`: of an answer that is or holds JSON, values by name, with dots for a field in a field. A field that
+  is absent is null.
 
 A file of cases has one on each line.
 """
@@ -116,6 +118,8 @@ def evaluate(
     """
     chosen = answering_options(options)
     checked = _read_cases(cases)
+    for path in filter(None, (against, state_dict_path)):  # before either of them is asked for minutes
+        read_manifest(path)
     before = None if against is None else _outcomes(against, checked, chosen)
     outcomes = _outcomes(state_dict_path, checked, chosen)
     if before is not None:
@@ -150,7 +154,12 @@ def _outcomes(path: str, cases: list[Mapping[str, Any]], options: AnsweringOptio
 def _read_cases(cases: str | Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if isinstance(cases, str | Path):
         found, where = [], f"line {{}} of {cases}"
-        for number, line in enumerate(storage.read_bytes(cases).decode().splitlines(), 1):
+        try:
+            text = storage.read_bytes(cases).decode()
+        except UnicodeDecodeError as error:
+            raise CaseError(f"{cases} is not UTF-8: {error}") from error
+        # Not splitlines(): JSON may hold other signs that end lines.
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     found.append((number, json.loads(line)))
@@ -170,6 +179,8 @@ def _why_not(case: Any) -> str:
     """Why a case cannot be judged; empty if it can."""
     if not isinstance(case, Mapping) or "prompt" not in case:
         return "is no object with a prompt."
+    if not isinstance(case["prompt"], str | Mapping | list):
+        return "has a prompt that is no text, record or conversation."
     if unknown := sorted(map(str, case.keys() - {"prompt", *CHECKS})):
         return f"has {unknown[0]!r}: there are prompt, {', '.join(CHECKS)}."
     if not case.keys() & set(CHECKS):
@@ -204,7 +215,8 @@ def _wrong(case: Mapping[str, Any], answer: Response | Failure) -> str:
             return str(error)
         for name, wanted in case["field"].items():
             found = _field(value, name)
-            if found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
+            # As JSON, so that true is not 1.
+            if json.dumps(found, sort_keys=True) != json.dumps(wanted, sort_keys=True):
                 return f"{name} is {found!r}, not {wanted!r}"
     return ""
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NoReturn
+
+# Braces around a name are prose, or a formula.
+_BEGINNING = re.compile(r"\[|\{(?=\s*[\"}])")
+MOST_PLACES = 20
+"""How many times an answer is searched for JSON: there is one in a good answer."""
 
 MOST_REASON = 300
 """The most characters of a reason: it goes into an attribute, and back to the model."""
@@ -57,30 +63,33 @@ class AnswerSchema:
         """The JSON in an answer, written anew, without what the model said around it.
 
         That is the whole answer, or what stands in its first fenced block, or the first JSON object or list
-        in it.
+        in it that fits. What is a part of a broken object or list is not taken for the whole.
 
         Raises:
             InvalidAnswerError: there is none, or it does not fit the schema.
         """
+        reason = ""
+        try:
+            for value in _values_in(answer):
+                error = self._error_of(value)
+                if not error:
+                    return _written(value)
+                reason = reason or error
+        except RecursionError:
+            reason = reason or "it is nested too deeply"
+        raise InvalidAnswerError((reason or "it is not JSON")[:MOST_REASON])
+
+    def _error_of(self, value: Any) -> str:
+        """What is wrong with a value; empty if it fits."""
         from jsonschema.exceptions import best_match
 
         try:
-            value = _find_json(answer)
             error = best_match(self._validator.iter_errors(value))
-        except InvalidAnswerError:
-            raise
         except RecursionError:
-            raise InvalidAnswerError("it is nested too deeply") from None
+            return "it is nested too deeply"
         except Exception as error:  # numbers that no check can be made of, for instance
-            raise InvalidAnswerError(f"it cannot be checked: {error}"[:MOST_REASON]) from error
-        if error is not None:
-            raise InvalidAnswerError(_where(error))
-        written = json.dumps(value, ensure_ascii=False)
-        try:
-            written.encode()
-        except UnicodeEncodeError:  # half of a pair of escapes is no character: it stays an escape
-            return json.dumps(value)
-        return written
+            return f"it cannot be checked: {error}"
+        return "" if error is None else _where(error)
 
 
 @lru_cache(maxsize=16)
@@ -93,23 +102,33 @@ def answer_schema(text: str) -> AnswerSchema:
     return AnswerSchema(text)
 
 
-def _find_json(answer: str) -> Any:
+def _values_in(answer: str) -> Iterator[Any]:
+    """The JSON in an answer.
+
+    Raises:
+        InvalidAnswerError: after what there is comes an object or a list that is broken.
+    """
     for text in (answer, _fenced(answer)):
         try:
-            return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+            value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         except ValueError:
-            pass
-    decoder = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
-    for start in re.finditer(r"[{\[](?=\s*[\[\]{}\"\d\-tfn])", answer):
+            continue
+        yield value
+        return
+    decoder, place = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite), 0
+    for _ in range(MOST_PLACES):
+        found = _BEGINNING.search(answer, place)
+        if not found:
+            return
         try:
-            return decoder.raw_decode(answer, start.start())[0]
-        except json.JSONDecodeError as error:
-            if error.pos <= start.start() + 1:  # as in "[sic]": not even the beginning of JSON
-                continue
-            raise InvalidAnswerError(f"it is not JSON: {error}"[:MOST_REASON]) from error
+            value, place = decoder.raw_decode(answer, found.start())
         except ValueError as error:
-            raise InvalidAnswerError(f"it is not JSON: {error}"[:MOST_REASON]) from error
-    raise InvalidAnswerError("it is not JSON")
+            end = answer.find("]", found.start())
+            if found[0] == "{" or end < 0 or any(sign in answer[found.start() : end] for sign in '"{'):
+                raise InvalidAnswerError(f"it is not JSON: {error}"[:MOST_REASON]) from error
+            place = end + 1  # brackets of prose, as in "[3 items]"
+            continue
+        yield value
 
 
 def _fenced(answer: str) -> str:
@@ -128,6 +147,15 @@ def _finite(text: str) -> float:
 
 def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+def _written(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair of escapes is no character: it stays an escape
+        return json.dumps(value)
+    return text
 
 
 def _where(error: Any) -> str:

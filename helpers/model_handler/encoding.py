@@ -13,7 +13,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from helpers.model_handler.chat_template import ChatTemplate, TemplateError, TemplateStoppedError
-from helpers.model_handler.prompts import CONVERSATION, RECORD, Prompt, PromptError, Request, parse_template
+from helpers.model_handler.prompts import (
+    CONVERSATION,
+    RECORD,
+    Prompt,
+    PromptError,
+    Request,
+    StoppedPromptError,
+    parse_template,
+)
 from helpers.models.architecture import positions_of
 from helpers.models.error_text import first_line
 from helpers.models.model_error import ModelError
@@ -252,7 +260,8 @@ class Encoder:
         try:
             return self._template.render(turns, most_characters)
         except TemplateError as error:
-            raise PromptError(str(error)) from error
+            kind = StoppedPromptError if isinstance(error, TemplateStoppedError) else PromptError
+            raise kind(str(error)) from error
 
     @cached_property
     def _takes_system_prompts(self) -> bool:
@@ -268,7 +277,7 @@ class Encoder:
             else:
                 said = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except TemplateStoppedError as error:
-            raise PromptError(str(error)) from error
+            raise StoppedPromptError(str(error)) from error
         except Exception:  # whatever a template raises
             said = ""
         takes = NOTICED in said

@@ -22,7 +22,7 @@ from helpers.model_handler.encoding import Encoder, panics_as_errors
 from helpers.model_handler.engines.engine import TIME, Engine, shapes_of
 from helpers.model_handler.engines.neighbours import Company
 from helpers.model_handler.options import AnsweringOptions
-from helpers.model_handler.prompts import Prompt, PromptError
+from helpers.model_handler.prompts import Prompt, PromptError, StoppedPromptError
 from helpers.models.architecture import positions_of
 
 if TYPE_CHECKING:
@@ -88,10 +88,12 @@ class LanguageModel:
         # Prompts waiting for their batch have been tokenized already.
         if self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             raise OtherModelError("the new state dict's tokenizer has another vocabulary")
-        for options in self._checked_options:
+        for options in tuple(self._checked_options):
             try:
                 other.check(options)
             except LoadError as error:
+                if isinstance(error.__cause__, StoppedPromptError):
+                    raise  # the next look may have the time
                 raise OtherModelError(f"it cannot be asked as this one is: {error}") from error
         with self._turn:
             self.engine, self.tokenizer, self._encoder = other.engine, other.tokenizer, other._encoder

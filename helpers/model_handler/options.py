@@ -108,8 +108,8 @@ class AnsweringOptions:
 
     system_prompt: str | None = option(
         None,
-        "What the model is told before every prompt, such as its task. Where a model has no place for it, it "
-        "stands before the prompt itself.",
+        "What the model is told before every prompt, such as its task. If the model's template has no place "
+        "for it, it is put before the prompt itself.",
         metavar="TEXT",
     )
     template: str | None = option(
@@ -120,7 +120,7 @@ class AnsweringOptions:
     prompt_format: str = option(
         TEXT,
         "What the data of a message is: text, a record (a JSON object, for the template), or a conversation "
-        "(a JSON list of turns with role and content). A message's attribute prompt_format says otherwise.",
+        "(a JSON list of turns with role and content). A message's attribute prompt_format overrides it.",
         choices=FORMATS,
     )
     answer_format: str = option(
@@ -155,8 +155,8 @@ class AnsweringOptions:
     )
     max_response_seconds: float | None = option(
         None,
-        "The longest that generating responses may take, of prompts that are computed together: those that "
-        "are not complete by then fail. By default as long as it takes.",
+        "The longest that responses which are computed together may take to generate; those not complete by "
+        "then fail. By default as long as it takes.",
         metavar="S",
         within=SECONDS,
     )

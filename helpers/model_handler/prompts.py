@@ -39,6 +39,10 @@ class PromptError(ValueError):
     """A prompt that cannot be asked; the message says why."""
 
 
+class StoppedPromptError(PromptError):
+    """A prompt whose chat template was not rendered within its limits, perhaps only this once."""
+
+
 @dataclass(frozen=True)
 class Template:
     """A text with fields; see the module.

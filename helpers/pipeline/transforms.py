@@ -57,16 +57,11 @@ class FailedPrompt(NamedTuple):
 
     Attributes:
         prompt: what was asked; `(key, prompt)` where the prompts had keys.
-        error: the reason.
-        finish_reason: `time`, if the response was not complete in time; else, if there is an answer, why it
-            ends.
-        answer: what the model said, if that did not fit the schema.
+        error: the reason; the whole `Failure` if whole responses were asked for.
     """
 
     prompt: Any
-    error: str
-    finish_reason: str = ""
-    answer: str | None = None
+    error: "str | Failure"
 
 
 @takes_options
@@ -86,7 +81,7 @@ class AskModel(beam.PTransform):
         state_dict_path: `.../NAME.pt`, local or `gs://`.
         keyed: whether the prompts are `(key, prompt)` pairs.
         whole: whether the responses are `helpers.model_handler.Response`s (text, tokens, why it ends) rather
-            than texts.
+            than texts, and the errors `Failure`s.
         {options}
 
     Raises:
@@ -109,7 +104,7 @@ class AskModel(beam.PTransform):
         self._handler = handler(
             state_dict_path, model_name, max_response_tokens=max_response_tokens, **options
         )
-        self._keyed = keyed
+        self._keyed, self._whole = keyed, whole
         self._catch = False
 
     def with_exception_handling(self) -> "AskModel":
@@ -126,7 +121,9 @@ class AskModel(beam.PTransform):
         )
         if not self._catch:
             return results | "Get responses" >> beam.ParDo(_response_or_raise, self._keyed)
-        outputs = results | "Split" >> beam.ParDo(_split, self._keyed).with_outputs("failed", main="answered")
+        outputs = results | "Split" >> beam.ParDo(_split, self._keyed, self._whole).with_outputs(
+            "failed", main="answered"
+        )
         return outputs.answered, outputs.failed
 
 
@@ -149,12 +146,12 @@ def _in_place(value: Any, place: tuple) -> WindowedValue:
     return WindowedValue(value, timestamp, (window,))
 
 
-def _split(element: Any, keyed: bool) -> Iterator[Any]:
+def _split(element: Any, keyed: bool, whole: bool) -> Iterator[Any]:
     place, result = element
     key, answer = place[2], result.inference
     if isinstance(answer, Failure):
         prompt = (key, result.example) if keyed else result.example
-        failed = FailedPrompt(prompt, answer.error, answer.finish_reason, answer.answer)
+        failed = FailedPrompt(prompt, answer if whole else answer.error)
         yield TaggedOutput("failed", _in_place(failed, place))
     else:
         yield _in_place((key, answer) if keyed else answer, place)
@@ -237,16 +234,17 @@ def to_response(
 def to_dead_letter(failed: FailedPrompt, model_name: str) -> PubsubMessage:
     """A message without a response, as it came and with the reason, for the dead-letter topic."""
     message, _ = failed.prompt
+    failure = failed.error if isinstance(failed.error, Failure) else Failure(failed.error)
     Metrics.counter(NAMESPACE, "dead_letters").inc()
-    log.warning("Message %s has no response: %s", message.message_id, failed.error)
+    log.warning("Message %s has no response: %s", message.message_id, failure.error)
     # Leaves room for what is added, even if the message is as large as Pub/Sub allows.
     data = message.data[: MAX_MESSAGE_BYTES - 6 * MAX_ATTRIBUTE_BYTES]
     more = {"data_bytes_cut": str(len(message.data) - len(data))} if len(data) < len(message.data) else {}
-    if failed.finish_reason:
-        more["finish_reason"] = failed.finish_reason
-    if failed.answer is not None:
-        more["answer"] = failed.answer
-    attributes = _attributes(message, data, model_name=model_name, error=failed.error, **more)
+    if failure.finish_reason:
+        more["finish_reason"] = failure.finish_reason
+    if failure.answer is not None:
+        more["answer"] = failure.answer
+    attributes = _attributes(message, data, model_name=model_name, error=failure.error, **more)
     return PubsubMessage(data, attributes)
 
 

@@ -6,7 +6,7 @@ __all__, __getattr__ = public(
     __name__,
     {
         "arrivals": ["Phase", "poisson_arrivals"],
-        "load": ["LoadError", "Record", "Records", "send_load"],
+        "load": ["Record", "Records", "SendingError", "send_load"],
         "queueing": ["Simulated", "simulate"],
         "service_time": ["Observed", "ServiceTime", "fit"],
     },

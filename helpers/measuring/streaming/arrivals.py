@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,14 +27,12 @@ class Phase:
     def __post_init__(self) -> None:
         for name in ("rate", "seconds"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -1e9 < value < 1e9:
                 raise ValueError(f"{name} is {value!r}: it must be a number.")
         if self.rate < 0 or self.seconds <= 0:
             raise ValueError(
                 f"{self.rate:g} messages a second for {self.seconds:g} s: give 0 or more, for a time."
             )
-        if self.rate * self.seconds > MOST_MESSAGES:
-            raise ValueError(f"{self.rate * self.seconds:,.0f} messages are more than {MOST_MESSAGES:,}.")
 
 
 def poisson_arrivals(phases: Sequence[Phase], seed: int = 0) -> list[float]:
@@ -47,7 +44,12 @@ def poisson_arrivals(phases: Sequence[Phase], seed: int = 0) -> list[float]:
     Args:
         phases: one after the other.
         seed: the same one gives the same times.
+
+    Raises:
+        ValueError: they are more than `MOST_MESSAGES`.
     """
+    if (count := sum(phase.rate * phase.seconds for phase in phases)) > MOST_MESSAGES:
+        raise ValueError(f"{count:,.0f} messages are more than {MOST_MESSAGES:,}.")
     generator = random.Random(seed)
     times, begin = [], 0.0
     for phase in phases:

@@ -19,11 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from google.api_core.exceptions import DeadlineExceeded, GoogleAPICallError, RetryError
+from google.api_core import exceptions
 from google.cloud import pubsub_v1
 from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.types import PubsubMessage
 
+from helpers import pubsub
 from helpers.measuring.streaming.queueing import percentile
 
 ATTRIBUTE = "load"
@@ -31,6 +32,13 @@ ATTRIBUTE = "load"
 
 MOST_LATE_SECONDS = 5.0
 PULL_SECONDS = 2.0
+PASSING = (
+    exceptions.Aborted,
+    exceptions.DeadlineExceeded,
+    exceptions.InternalServerError,
+    exceptions.ResourceExhausted,
+    exceptions.ServiceUnavailable,
+)
 ASK_SECONDS = 0.5
 PUBLISH_SECONDS = 30.0
 SENDERS = 4
@@ -39,7 +47,7 @@ SWITCH_SECONDS = 0.0005
 SLEEP_SHORT = 0.002  # a sleep may last longer than asked for by about so much
 
 
-class LoadError(RuntimeError):
+class SendingError(RuntimeError):
     """Load that cannot be sent as it was asked for; the message says what to do."""
 
 
@@ -97,12 +105,17 @@ class Records:
         return len(self.answered) / span if span > 0 else 0.0
 
     def latency(self, share: float) -> float:
-        """The seconds from when a message was to be sent to its response, that a share does not exceed.
+        """The seconds from when a message was to be sent to its response, that a share of all messages but
+        dead letters does not exceed. A message that still waits counts as infinitely late: without it, a
+        stream that falls behind would seem fast.
 
         Raises:
-            ValueError: there are no responses.
+            ValueError: there are no such messages.
         """
-        return percentile([one.answered - one.intended for one in self.answered], share)
+        alive = [one for one in self.messages if not one.is_dead]
+        return percentile(
+            [math.inf if one.answered is None else one.answered - one.intended for one in alive], share
+        )
 
     def lateness(self, share: float) -> float:
         """The seconds from when a message was to be sent to when it was, that a share does not exceed."""
@@ -133,11 +146,14 @@ def send_load(
             job has ended.
 
     Raises:
-        LoadError: the messages cannot be sent at these times from here, or not at all.
-        ValueError: there are no prompts, or an empty one.
+        SendingError: the messages cannot be sent at these times from here, or not at all; or a subscription
+            cannot be read.
+        ValueError: there are no prompts, or an empty one, or times that cannot be.
     """
-    if not prompts or not all(prompts):
+    if isinstance(prompts, str) or not prompts or not all(prompts):
         raise ValueError("there are no prompts, or an empty one: Pub/Sub takes no message without data.")
+    if not all(math.isfinite(moment) and moment >= 0 for moment in times) or not wait_seconds >= 0:
+        raise ValueError("the times, and the time to wait, must be numbers of 0 or more.")
     if any(later < earlier for earlier, later in itertools.pairwise(times)):
         raise ValueError("the times are not in order.")
     run = uuid.uuid4().hex[:12]
@@ -147,6 +163,8 @@ def send_load(
         while receiver.missing(len(messages)) and time.monotonic() < deadline:
             if receiver.is_to_stop.wait(0.02):
                 break
+    if receiver.error:
+        raise SendingError(str(receiver.error)) from receiver.error
     for number, (moment, is_dead, attributes) in receiver.found.items():
         one = messages[number]
         one.answered, one.is_dead, one.attributes = moment - receiver.start, is_dead, attributes
@@ -165,13 +183,13 @@ def _publish(
         receiver.start = sender.start = start = time.monotonic()
         try:
             for number, intended in enumerate(times):
-                while (left := start + intended - time.monotonic()) > 0:
-                    time.sleep(min(left - SLEEP_SHORT, 0.5) if left > SLEEP_SHORT else 0)
+                while (left := start + intended - time.monotonic()) > 0 and not receiver.is_to_stop.is_set():
+                    time.sleep(min(left - SLEEP_SHORT, 0.2) if left > SLEEP_SHORT else 0)
                 late = max(-left, sender.late)
                 if receiver.is_to_stop.is_set() or sender.error:
                     break
                 if late > MOST_LATE_SECONDS:
-                    raise LoadError(
+                    raise SendingError(
                         f"Message {number} of {len(times)} is {late:.1f} s late: this machine cannot send at "
                         "that rate. Ask for a lower one, or send from several machines."
                     )
@@ -184,7 +202,7 @@ def _publish(
         finally:
             sys.setswitchinterval(before)
     if sender.error:
-        raise LoadError(f"Messages cannot be published to {topic}: {sender.error}") from sender.error
+        raise SendingError(f"Messages cannot be published to {topic}: {sender.error}") from sender.error
     return messages
 
 
@@ -231,14 +249,12 @@ class _Sender:
             if self.error:
                 continue  # to the end of what was handed over
             try:
-                # The service's own call: the client's would gather messages first.
-                PublisherClient.publish(
-                    self._publisher,
-                    topic=self._topic,
-                    messages=[message for _, message in lot],
-                    timeout=PUBLISH_SECONDS,
-                )
-            except (GoogleAPICallError, RetryError) as error:
+                for messages in pubsub.in_requests(message for _, message in lot):
+                    # The service's own call: the client's would gather messages first.
+                    PublisherClient.publish(
+                        self._publisher, topic=self._topic, messages=messages, timeout=PUBLISH_SECONDS
+                    )
+            except Exception as error:  # whatever it is, the run cannot go on
                 self.error = error
 
 
@@ -259,6 +275,7 @@ class _Receiver:
         self._end = threading.Event()
         self._lock = threading.Lock()
         self.start = 0.0
+        self.error: Exception | None = None
         self.found: dict[int, tuple[float, bool, dict[str, str]]] = {}
         self.repeated = 0
 
@@ -277,9 +294,13 @@ class _Receiver:
 
     def _ask_whether_to_stop(self) -> None:
         while not self._end.wait(ASK_SECONDS):
-            if self._should_stop():
-                self.is_to_stop.set()
-                return
+            try:
+                if not self._should_stop():
+                    continue
+            except Exception as error:  # what cannot be asked any more cannot be gone on with
+                self.error = error
+            self.is_to_stop.set()
+            return
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
@@ -293,15 +314,18 @@ class _Receiver:
                     pulled = subscriber.pull(
                         subscription=subscription, max_messages=1000, timeout=PULL_SECONDS
                     ).received_messages
-                except (DeadlineExceeded, GoogleAPICallError):  # nothing came, or it is tried again
+                    now = time.monotonic()
+                    for one in pulled:
+                        self._note(dict(one.message.attributes), now, is_dead)
+                    if pulled:
+                        ids = [one.ack_id for one in pulled]
+                        subscriber.acknowledge(subscription=subscription, ack_ids=ids)
+                except PASSING:  # nothing came, or it is tried again; what was not acknowledged comes again
                     self._end.wait(0.01)
-                    continue
-                now = time.monotonic()
-                for one in pulled:
-                    self._note(dict(one.message.attributes), now, is_dead)
-                if pulled:
-                    ids = [one.ack_id for one in pulled]
-                    subscriber.acknowledge(subscription=subscription, ack_ids=ids)
+                except Exception as error:
+                    self.error = error
+                    self.is_to_stop.set()
+                    return
 
     def _note(self, attributes: dict[str, str], now: float, is_dead: bool) -> None:
         run, _, number = attributes.get(ATTRIBUTE, "").partition(" ")

@@ -57,11 +57,9 @@ class Simulated:
         return bisect_right(self.arrived, when) - bisect_right(sorted(self.answered), when)
 
     def drained_at(self, after: float) -> float:
-        """When, after a time, nothing waits any more that arrived before it: the end of a burst's backlog."""
-        return max(
-            (end for begin, end in zip(self.arrived, self.answered, strict=True) if begin <= after),
-            default=after,
-        )
+        """When, not before a time, nothing waits any more that arrived before it: the end of a backlog."""
+        pairs = zip(self.arrived, self.answered, strict=True)
+        return max([after, *(end for begin, end in pairs if begin <= after)])
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -72,7 +70,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     """
     if not values or not 0 < share <= 1:
         raise ValueError(f"there is no value that {share!r} of {len(values)} do not exceed.")
-    return sorted(values)[math.ceil(share * len(values)) - 1]
+    return sorted(values)[math.ceil(round(share * len(values), 9)) - 1]
 
 
 def simulate(
@@ -97,7 +95,9 @@ def simulate(
         raise ValueError(f"{workers} workers with {most} messages at once: give at least one of each.")
     if any(later < earlier for earlier, later in itertools.pairwise(arrived)):
         raise ValueError("the arrivals are not in order.")
-    free = [(0.0, number) for number in range(workers)]  # when each worker is free again
+    if not all(map(math.isfinite, arrived)):
+        raise ValueError("an arrival is no number.")
+    free = [(-math.inf, number) for number in range(workers)]  # when each worker is free again
     heapq.heapify(free)
     answered = [0.0] * len(arrived)
     bundles, worked, first = [], 0.0, 0
@@ -106,6 +106,8 @@ def simulate(
         begin = max(since, arrived[first])
         last = min(bisect_right(arrived, begin), first + most)
         seconds = seconds_of(range(first, last))
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"a bundle of {last - first} takes {seconds} s, which cannot be.")
         for place in range(first, last):
             answered[place] = begin + seconds
         heapq.heappush(free, (begin + seconds, worker))

@@ -11,10 +11,9 @@ with none of the four below 0 (non-negative least squares, from scipy).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-MOST_DEVIATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,19 @@ class Observed:
         steps: the tokens of its longest response.
         response_tokens: of all its responses.
         seconds: how long it took.
+
+    Raises:
+        ValueError: a number that cannot be.
     """
 
     prompt_tokens: int
     steps: int
     response_tokens: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        if min(self.prompt_tokens, self.steps, self.response_tokens) < 1 or not 0 < self.seconds < math.inf:
+            raise ValueError(f"{self} cannot be: a batch has tokens of each kind, and takes time.")
 
 
 @dataclass(frozen=True)
@@ -62,20 +68,26 @@ def fit(batches: Sequence[Observed]) -> ServiceTime:
     """The service time that fits measured batches best.
 
     Args:
-        batches: of different sizes, or the numbers cannot be told apart.
+        batches: so different that the four numbers can be told apart: in their prompts' tokens, their
+            responses' longest and all of these together.
 
     Raises:
-        ValueError: fewer than four batches, or all of one size.
+        ValueError: they cannot be told apart.
     """
     import numpy as np
     from scipy.optimize import nnls
 
-    if len({(one.prompt_tokens, one.steps, one.response_tokens) for one in batches}) < 4:
-        raise ValueError("a service time needs batches of four different sizes at least: measure more rates.")
+    if not batches:
+        raise ValueError("there are no batches, which do not tell a service time: measure some.")
     measured = np.array([one.seconds for one in batches])
     shape = np.array([[1, one.prompt_tokens, one.steps, one.response_tokens] for one in batches], dtype=float)
     # Relative errors count, or long batches alone would decide; columns of like size keep it stable.
     scale = shape.max(axis=0)
+    if np.linalg.matrix_rank(shape / scale, tol=1e-3) < 4:
+        raise ValueError(
+            "these batches do not tell what a batch, a prompt's token, a step and a response's token cost: "
+            "measure batches that differ in size, in prompts' lengths and in responses' lengths."
+        )
     found, _ = nnls(shape / scale / measured[:, None], np.ones(len(batches)))
     found = found / scale
     error = float(np.median(np.abs(shape @ found - measured) / measured))

@@ -99,7 +99,7 @@ class TorchEngine:
         said, before = self._tokenizer.decode(ids[:end]), ""
         if not self._is_encoder_decoder:
             before = self._tokenizer.decode(prompt[-max(map(len, texts)) :])
-        is_ended = any(text in before[len(before) - len(text) + 1 :] + said for text in texts)
+        is_ended = any(text in before[max(0, len(before) - len(text) + 1) :] + said for text in texts)
         return Generated(ids[:end], STOP) if is_ended else None
 
     def company(self, samples: Sequence[list[int]]) -> Company:
