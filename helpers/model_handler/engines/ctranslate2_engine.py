@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ import torch
 from helpers.load_state_dict.engine_file import EngineFile
 from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.engines import generation_settings
+from helpers.model_handler.engines.deadline import Deadline
 from helpers.model_handler.engines.engine import Generated, as_set, generated
 from helpers.model_handler.engines.neighbours import Company
 from helpers.models.architecture import response_positions_of
@@ -192,24 +192,24 @@ class CTranslate2Engine:
                 "sampling_topp": options.top_p,
             }
         least = self.generation_config.min_new_tokens or 0
+        is_timed = options.max_response_seconds is not None
         texts = [_as_texts(prompt) for prompt in prompts]
         if self._is_encoder_decoder:
-            deadline = _Deadline(options.max_response_seconds)
+            deadline = Deadline(options.max_response_seconds)
             results = self._engine.translate_batch(
                 texts,
                 max_input_length=0,  # the prompt's limit has been checked already
                 max_decoding_length=longest,
                 min_decoding_length=least,
-                callback=deadline.callback,
+                callback=_asking(deadline) if is_timed else None,
                 **shared,
             )
             responses = [[int(token) for token in result.hypotheses[0]] for result in results]
             return [generated(tokens, ends, longest, deadline.has_passed) for tokens in responses]
         found: dict[int, Generated] = {}
         lengths = [len(prompt) - prefix_tokens for prompt in prompts]
-        is_timed = options.max_response_seconds is not None
         for rows in self._groups(lengths, longest, MOST_UNTIMED_STEPS if is_timed else None):
-            deadline = _Deadline(options.max_response_seconds)
+            deadline = Deadline(options.max_response_seconds)
             results = self._engine.generate_batch(
                 [texts[row][prefix_tokens:] for row in rows],
                 max_length=longest,
@@ -217,7 +217,7 @@ class CTranslate2Engine:
                 include_prompt_in_result=False,
                 static_prompt=texts[0][:prefix_tokens] or None,
                 cache_static_prompt=True,
-                callback=deadline.callback,
+                callback=_asking(deadline) if is_timed else None,
                 **shared,
             )
             found |= {
@@ -262,21 +262,9 @@ class CTranslate2Engine:
         return float((torch.tensor(ours) - theirs).abs().mean()) / deviation
 
 
-class _Deadline:
-    """Ends all responses of a batch when the time is up; CTranslate2 asks after each token.
-
-    Args:
-        seconds: from now; None for no limit.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        self._end = math.inf if seconds is None else time.monotonic() + seconds
-        self.has_passed = False
-        self.callback = None if seconds is None else self._is_over
-
-    def _is_over(self, _: Any) -> bool:
-        self.has_passed = self.has_passed or time.monotonic() >= self._end
-        return self.has_passed
+def _asking(deadline: Deadline) -> Callable[[Any], bool]:
+    """What CTranslate2 calls after each token; true ends the response."""
+    return lambda step: deadline.passes()
 
 
 def groups_by_length(

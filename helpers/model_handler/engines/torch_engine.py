@@ -9,13 +9,13 @@ import copy
 import inspect
 import logging
 import math
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from helpers.model_handler.engines import generation_settings
+from helpers.model_handler.engines.deadline import Deadline
 from helpers.model_handler.engines.engine import STOP, Generated, as_set, generated
 from helpers.model_handler.engines.neighbours import HALF_PRECISION_TOLERANCE, TOLERANCE, Company, establish
 from helpers.model_handler.engines.single_row import is_worthwhile, speed_up_single_rows
@@ -59,7 +59,7 @@ class TorchEngine:
         self, prompts: Sequence[list[int]], options: AnsweringOptions, prefix_tokens: int = 0
     ) -> list[Generated]:
         """See `Engine.generate`."""
-        deadline = _Deadline(options.max_response_seconds)
+        deadline = Deadline(options.max_response_seconds)
         kept = self._prefix.state(prompts, prefix_tokens) if prefix_tokens else None
         batch = self._padded(prompts, prefix_tokens if kept is not None else 0)
         if options.temperature > 0 and options.seed is not None:
@@ -73,7 +73,9 @@ class TorchEngine:
         if kept is not None:
             more["past_key_values"] = kept
         if options.max_response_seconds is not None:
-            more["stopping_criteria"] = [deadline]
+            more["stopping_criteria"] = [
+                lambda ids, scores, **_: torch.full((len(ids),), deadline.passes(), device=ids.device)
+            ]
         output = self.model.generate(**batch, generation_config=settings, **more)
         # Of an encoder-decoder model the first token is the decoder's start, which is not generated.
         start = 1 if self._is_encoder_decoder else batch["input_ids"].shape[1]
@@ -167,22 +169,6 @@ class TorchEngine:
         finally:
             self.model.generation_config = held
         return torch.cat(output.logits, dim=-1)
-
-
-class _Deadline:
-    """Ends all responses of a batch when the time is up; transformers asks after each step.
-
-    Args:
-        seconds: from now; None for no limit.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        self._end = math.inf if seconds is None else time.monotonic() + seconds
-        self.has_passed = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
-        self.has_passed = self.has_passed or time.monotonic() >= self._end
-        return torch.full((len(input_ids),), self.has_passed, dtype=torch.bool, device=input_ids.device)
 
 
 class _Prefix:
