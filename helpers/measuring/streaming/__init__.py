@@ -7,6 +7,7 @@ __all__, __getattr__ = public(
     {
         "arrivals": ["Phase", "poisson_arrivals"],
         "load": ["Record", "Records", "SendingError", "send_load"],
+        "plan": ["Candidate", "Demand", "Plan", "PlanError", "make_plan"],
         "queueing": ["Simulated", "simulate"],
         "service_time": ["Observed", "ServiceTime", "fit"],
     },
