@@ -10,8 +10,18 @@ from google.api_core.exceptions import ServiceUnavailable
 from google.cloud import pubsub_v1
 
 from helpers import pubsub
+from helpers.dataflow import Distribution
 from helpers.measuring.__main__ import main
-from helpers.measuring.streaming import Phase, SendingError, poisson_arrivals, send_load, simulate
+from helpers.measuring.streaming import (
+    Phase,
+    SendingError,
+    SweepError,
+    knee,
+    poisson_arrivals,
+    send_load,
+    simulate,
+    sweep_rates,
+)
 from helpers.measuring.streaming import load as load_module
 
 
@@ -54,6 +64,8 @@ class Job:
                         subscription=source, max_messages=self._most, timeout=1
                     ).received_messages
                 except Exception:
+                    continue
+                if not pulled:
                     continue
                 time.sleep(self._seconds_of(len(pulled)))
                 for one in pulled:
@@ -155,6 +167,77 @@ def test_a_subscription_that_cannot_be_read_is_an_error_and_not_silence(topics):
     for name in ("responses-subscription", "dead-subscription"):
         with pytest.raises(SendingError, match="nowhere"):
             send(topics | {name: topics[name] + "nowhere"}, [0.0, 30.0], ["Hi"])
+
+
+class Counting(Job):
+    """One that also counts as a job on Dataflow does: each lot is a batch, with a token of padding each."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.sizes, self.times = [], []
+        seconds_of = self._seconds_of
+
+        def counted(size):
+            self.sizes.append(size)
+            self.times.append(round(seconds_of(size) * 1000))
+            return seconds_of(size)
+
+        self._seconds_of = counted
+
+    def state(self):
+        return "FAILED" if self.has_ended.is_set() else "RUNNING"
+
+    def counters(self):
+        return {"prompt_tokens": 3 * sum(self.sizes), "padding_tokens": sum(self.sizes)}
+
+    def distributions(self):
+        values = {"batch_size": self.sizes, "batch_milliseconds": self.times}
+        return {
+            name: Distribution(len(found), sum(found), min(found), max(found))
+            for name, found in values.items()
+            if found
+        }
+
+
+def sweep(paths, job, rates, seconds):
+    return sweep_rates(
+        job,
+        rates,
+        seconds=seconds,
+        topic=paths["messages"],
+        prompts=["Hi"],
+        responses=paths["responses-subscription"],
+        dead_letters=paths["dead-subscription"],
+        wait_seconds=1,
+    )
+
+
+def test_a_sweep_ends_at_the_first_rate_that_the_job_does_not_keep_up_with(topics):
+    """Two at a time in 0.2 s are at most ten a second."""
+    with Counting(topics, lambda size: 0.2, most=2) as job:
+        points = sweep(topics, job, [2.0, 5.0, 40.0, 80.0], seconds=3)
+    assert len(points) == 3
+    assert [point.keeps_up for point in points] == [True, True, False]
+    assert knee(points) is points[1]
+    for point in points:
+        assert point.published == point.responses + point.dead_letters + point.waiting
+        assert 1 <= point.batch_size <= 2
+        assert point.batch_seconds == pytest.approx(0.2)
+        assert point.padding == pytest.approx(0.25)
+        assert point.p50 <= point.p95 <= point.p99
+    assert points[0].p95 < 1
+    assert points[2].p99 == float("inf")
+
+
+def test_a_sweep_whose_job_ends_says_so(topics):
+    with (
+        Counting(topics, lambda size: 0.0, most=5, dies_after=8) as job,
+        pytest.raises(SweepError, match=r"ended \(FAILED\) after 0 of 2 rates"),
+    ):
+        sweep(topics, job, [5.0, 10.0], seconds=20)
+    for rates in ([5.0, 2.0], [2.0, 2.0], [-1.0], [0.001]):
+        with pytest.raises(ValueError):
+            sweep(topics, None, rates, seconds=1)
 
 
 def test_a_job_that_cannot_be_asked_after_ends_the_run(topics):

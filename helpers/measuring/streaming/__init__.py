@@ -10,5 +10,6 @@ __all__, __getattr__ = public(
         "plan": ["Candidate", "Demand", "Plan", "PlanError", "make_plan"],
         "queueing": ["Simulated", "simulate"],
         "service_time": ["Observed", "ServiceTime", "fit"],
+        "sweep": ["Point", "SweepError", "knee", "sweep_rates"],
     },
 )

@@ -1,0 +1,167 @@
+"""A running job at several rates: how much it answers, how late, and in what batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from helpers.measuring.streaming.arrivals import Phase, poisson_arrivals
+from helpers.measuring.streaming.load import Records, send_load
+
+if TYPE_CHECKING:
+    from helpers.dataflow import Job
+
+KEEPS_UP = 0.95
+"""The least share of the offered rate that a stream answers which keeps up with it."""
+
+
+class SweepError(RuntimeError):
+    """A sweep that cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A job at one rate.
+
+    Attributes:
+        offered: messages sent a second.
+        answered: responses a second.
+        p50, p95, p99: seconds from when a message was to be sent to its response; infinite where so many
+            still waited.
+        published, responses, dead_letters, waiting: messages; the first is the sum of the others.
+        batch_size: the mean number of prompts in a batch; 0 if the job does not count it.
+        batch_seconds: the mean time of a batch; 0 likewise.
+        padding: the share of the tokens that the model reads that are padding.
+    """
+
+    offered: float
+    answered: float
+    p50: float
+    p95: float
+    p99: float
+    published: int
+    responses: int
+    dead_letters: int
+    waiting: int
+    batch_size: float
+    batch_seconds: float
+    padding: float
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether the job answered as many messages as came, and none waited in the end."""
+        return not self.waiting and self.answered >= KEEPS_UP * self.offered
+
+
+def sweep_rates(
+    job: Job,
+    rates: Sequence[float],
+    *,
+    seconds: float,
+    topic: str,
+    prompts: Sequence[str],
+    responses: str,
+    dead_letters: str | None = None,
+    wait_seconds: float = 60,
+    seed: int = 0,
+    on_point: Callable[[Point], object] = lambda point: None,
+) -> list[Point]:
+    """Sends load to a running job, at one rate after the other.
+
+    Each begins when the messages of the one before are answered. The first that the job does not keep up with
+    is the last: from there on, latency says only how long the queue has grown.
+
+    Args:
+        job: which reads the topic.
+        rates: messages a second, the lowest first.
+        seconds: how long to send at each.
+        topic, prompts, responses, dead_letters, wait_seconds: as for `send_load`.
+        seed: of the arrival times.
+        on_point: called with each result.
+
+    Raises:
+        SweepError: the job has ended.
+        SendingError: as `send_load`.
+        ValueError: the rates are not in order, or cannot be.
+    """
+    if list(rates) != sorted(set(rates)):
+        raise ValueError("give the rates in order, the lowest first, and each once.")
+    plans = [poisson_arrivals([Phase(rate, seconds)], seed) for rate in rates]
+    if empty := [rate for rate, times in zip(rates, plans, strict=True) if not times]:
+        raise ValueError(f"at {empty[0]:g} messages a second, none comes in {seconds:g} s: send for longer.")
+    points = []
+    for times in plans:
+        before = _counted(job)
+        found = send_load(
+            topic,
+            times,
+            prompts,
+            responses=responses,
+            dead_letters=dead_letters,
+            wait_seconds=wait_seconds,
+            should_stop=lambda: _has_ended(job),
+        )
+        if _has_ended(job):
+            raise SweepError(
+                f"The job ended ({job.state()}) after {len(points)} of {len(rates)} rates: see its errors."
+            )
+        after = _counted(job)
+        point = _point(len(times) / seconds, found, {name: after[name] - before[name] for name in after})
+        points.append(point)
+        on_point(point)
+        if not point.keeps_up:
+            break
+    return points
+
+
+def knee(points: Sequence[Point]) -> Point | None:
+    """The highest rate that the job kept up with; None if there is none."""
+    return max((point for point in points if point.keeps_up), key=lambda point: point.offered, default=None)
+
+
+def _point(offered: float, found: Records, counted: dict[str, float]) -> Point:
+    def each(total: str, count: str) -> float:
+        return counted[total] / counted[count] if counted[count] else 0.0
+
+    read = counted["prompt_tokens"] + counted["padding_tokens"]
+    late = dict(zip((0.5, 0.95, 0.99), _latencies(found), strict=True))
+    return Point(
+        offered=offered,
+        answered=found.rate,
+        p50=late[0.5],
+        p95=late[0.95],
+        p99=late[0.99],
+        published=len(found.messages),
+        responses=len(found.answered),
+        dead_letters=found.dead,
+        waiting=found.waiting,
+        batch_size=each("prompts", "batches"),
+        batch_seconds=each("milliseconds", "batches") / 1000,
+        padding=counted["padding_tokens"] / read if read else 0.0,
+    )
+
+
+def _latencies(found: Records) -> Iterator[float]:
+    for share in (0.5, 0.95, 0.99):
+        yield found.latency(share) if found.dead < len(found.messages) else math.nan
+
+
+def _counted(job: Job) -> dict[str, float]:
+    """What the job has counted so far."""
+    counters, distributions = job.counters(), job.distributions()
+    sizes, times = distributions.get("batch_size"), distributions.get("batch_milliseconds")
+    return {
+        "batches": sizes.count if sizes else 0,
+        "prompts": sizes.sum if sizes else 0,
+        "milliseconds": times.sum if times else 0,
+        "prompt_tokens": counters.get("prompt_tokens", 0),
+        "padding_tokens": counters.get("padding_tokens", 0),
+    }
+
+
+def _has_ended(job: Job) -> bool:
+    from helpers.dataflow import TERMINAL
+
+    return job.state() in TERMINAL
