@@ -92,7 +92,7 @@ def send(paths, times, prompts, **options):
 
 
 def test_two_hundred_messages_a_second_are_sent_when_they_are_to_be(topics):
-    times = poisson_arrivals([Phase(200, 3)], seed=1)
+    times = poisson_arrivals([Phase(200, 3)], random_state=1)
     lateness = []
     for _ in range(6):  # other work on the machine can only make them later
         found = send(topics, times, ["Hi"], wait_seconds=0)
@@ -111,7 +111,7 @@ def test_what_is_measured_is_what_the_queue_predicts(rate, topics):
     def seconds_of(size):
         return 0.2 + 0.02 * size
 
-    times = poisson_arrivals([Phase(rate, 12)], seed=2)
+    times = poisson_arrivals([Phase(rate, 12)], random_state=2)
     with Job(topics, seconds_of, most=16):
         found = send(topics, times, ["Hi"], wait_seconds=30)
     predicted = simulate(times, lambda places: seconds_of(len(places)), most=16)
@@ -143,7 +143,7 @@ def test_the_command_says_how_late_the_answers_are(topics, cloud, capsys):
 
 
 def test_every_message_is_accounted_for(topics):
-    times = poisson_arrivals([Phase(50, 2)], seed=3)
+    times = poisson_arrivals([Phase(50, 2)], random_state=3)
     with Job(topics, lambda size: 0.0, most=100):
         found = send(topics, times, ["good", "bad", "twice"], wait_seconds=30)
     assert len(found.messages) == len(times)
@@ -154,7 +154,7 @@ def test_every_message_is_accounted_for(topics):
 
 
 def test_a_job_that_ends_in_the_middle_ends_the_run_and_leaves_the_rest_waiting(topics):
-    times = poisson_arrivals([Phase(20, 60)], seed=4)
+    times = poisson_arrivals([Phase(20, 60)], random_state=4)
     began = time.monotonic()
     with Job(topics, lambda size: 0.1, most=5, dies_after=20) as job:
         found = send(topics, times, ["Hi"], wait_seconds=30, should_stop=job.has_ended.is_set)

@@ -24,7 +24,7 @@ def erlang_c(workers: int, load: float) -> float:
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
 def test_one_worker_with_a_constant_time_waits_as_pollaczek_and_khinchine_say(load):
     """M/D/1: the mean wait is load · service / (2 · (1 - load))."""
-    times = poisson_arrivals([Phase(load, SECONDS)], seed=1)
+    times = poisson_arrivals([Phase(load, SECONDS)], random_state=1)
     found = simulate(times, lambda places: 1.0, most=1)
     waits = [latency - 1.0 for latency in found.latencies]
     assert statistics.mean(waits) == pytest.approx(load / (2 * (1 - load)), rel=0.08)
@@ -35,7 +35,7 @@ def test_one_worker_with_a_constant_time_waits_as_pollaczek_and_khinchine_say(lo
 def test_several_workers_wait_as_erlang_says(workers, load):
     """M/M/k: the mean wait is Erlang's C times service / (k - load); a share of waits is exponential."""
     generator = random.Random(2)
-    times = poisson_arrivals([Phase(load, SECONDS / load)], seed=3)
+    times = poisson_arrivals([Phase(load, SECONDS / load)], random_state=3)
     taken = [generator.expovariate(1.0) for _ in times]
     found = simulate(times, lambda places: taken[places[0]], workers=workers, most=1)
     waits = [latency - own for latency, own in zip(found.latencies, taken, strict=True)]
@@ -48,7 +48,7 @@ def test_several_workers_wait_as_erlang_says(workers, load):
 
 
 def test_larger_bundles_raise_the_rate_above_one_at_a_time():
-    times = poisson_arrivals([Phase(8.0, 500)], seed=4)
+    times = poisson_arrivals([Phase(8.0, 500)], random_state=4)
 
     def seconds_of(places):
         return 0.2 + 0.01 * len(places)
@@ -62,7 +62,7 @@ def test_larger_bundles_raise_the_rate_above_one_at_a_time():
 
 def test_a_burst_drains_in_the_time_that_its_rates_say():
     """From 1 to 10 a second for 20 s, answered at 5 a second: 100 are left, which go at 5 - 1 a second."""
-    times = poisson_arrivals([Phase(1, 100), Phase(10, 20), Phase(1, 200)], seed=5)
+    times = poisson_arrivals([Phase(1, 100), Phase(10, 20), Phase(1, 200)], random_state=5)
     found = simulate(times, lambda places: 0.2 * len(places), most=8)
     backlog = found.waiting_at(120)
     assert 70 < backlog < 130
@@ -152,8 +152,8 @@ def test_rates_that_cannot_be_are_refused(values):
 
 def test_the_arrivals_of_a_seed_are_the_same_and_have_their_rate():
     phases = [Phase(50, 100), Phase(0, 10), Phase(5, 100)]
-    times = poisson_arrivals(phases, seed=7)
-    assert times == poisson_arrivals(phases, seed=7) != poisson_arrivals(phases, seed=8)
+    times = poisson_arrivals(phases, random_state=7)
+    assert times == poisson_arrivals(phases, random_state=7) != poisson_arrivals(phases, random_state=8)
     assert times == sorted(times)
     assert not [time for time in times if 100 <= time < 110]
     assert sum(time < 100 for time in times) == pytest.approx(5000, rel=0.06)

@@ -35,7 +35,7 @@ class Phase:
             )
 
 
-def poisson_arrivals(phases: Sequence[Phase], seed: int = 0) -> list[float]:
+def poisson_arrivals(phases: Sequence[Phase], random_state: int = 0) -> list[float]:
     """The times of a Poisson process, in seconds from its start and in order.
 
     The gaps between arrivals are exponential, as those of independent senders are. A constant gap would hide
@@ -43,14 +43,14 @@ def poisson_arrivals(phases: Sequence[Phase], seed: int = 0) -> list[float]:
 
     Args:
         phases: one after the other.
-        seed: the same one gives the same times.
+        random_state: the same one gives the same times.
 
     Raises:
         ValueError: they are more than `MOST_MESSAGES`.
     """
     if (count := sum(phase.rate * phase.seconds for phase in phases)) > MOST_MESSAGES:
         raise ValueError(f"{count:,.0f} messages are more than {MOST_MESSAGES:,}.")
-    generator = random.Random(seed)
+    generator = random.Random(random_state)
     times, begin = [], 0.0
     for phase in phases:
         end, now = begin + phase.seconds, begin

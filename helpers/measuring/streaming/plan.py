@@ -187,7 +187,7 @@ def _plan_for(demand: Demand, candidate: Candidate, size: int, most_workers: int
         return _Trial(workers, percentile(chosen, 0.95) if chosen else 0.0)
 
     most_of_one = size / seconds_of(range(size))  # messages a second, in full batches
-    steady = poisson_arrivals([Phase(demand.rate, MESSAGES / demand.rate)], seed=1)
+    steady = poisson_arrivals([Phase(demand.rate, MESSAGES / demand.rate)], random_state=1)
     least = _fewest(
         range(1, most_workers + 1),
         lambda workers: try_with(workers, steady, 0, math.inf),
@@ -199,7 +199,9 @@ def _plan_for(demand: Demand, candidate: Candidate, size: int, most_workers: int
     if demand.peak_rate is not None:
         begin, end = demand.peak_seconds, 2 * demand.peak_seconds
         around = Phase(demand.rate, demand.peak_seconds)
-        bursting = poisson_arrivals([around, Phase(demand.peak_rate, demand.peak_seconds), around], seed=2)
+        bursting = poisson_arrivals(
+            [around, Phase(demand.peak_rate, demand.peak_seconds), around], random_state=2
+        )
         most = _fewest(
             range(least.workers, most_workers + 1),
             lambda workers: try_with(workers, bursting, begin, end),

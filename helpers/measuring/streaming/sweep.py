@@ -65,7 +65,7 @@ def sweep_rates(
     responses: str,
     dead_letters: str | None = None,
     wait_seconds: float = 60,
-    seed: int = 0,
+    random_state: int = 0,
     on_point: Callable[[Point], object] = lambda point: None,
 ) -> list[Point]:
     """Sends load to a running job, at one rate after the other.
@@ -78,7 +78,7 @@ def sweep_rates(
         rates: messages a second, the lowest first.
         seconds: how long to send at each.
         topic, prompts, responses, dead_letters, wait_seconds: as for `send_load`.
-        seed: of the arrival times.
+        random_state: of the arrival times.
         on_point: called with each result.
 
     Raises:
@@ -88,7 +88,7 @@ def sweep_rates(
     """
     if list(rates) != sorted(set(rates)):
         raise ValueError("give the rates in order, the lowest first, and each once.")
-    plans = [poisson_arrivals([Phase(rate, seconds)], seed) for rate in rates]
+    plans = [poisson_arrivals([Phase(rate, seconds)], random_state) for rate in rates]
     if empty := [rate for rate, times in zip(rates, plans, strict=True) if not times]:
         raise ValueError(f"at {empty[0]:g} messages a second, none comes in {seconds:g} s: send for longer.")
     points = []
