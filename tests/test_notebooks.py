@@ -72,10 +72,11 @@ def test_02_converts_in_a_vertex_ai_job(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("name", ["03", "04"])
-def test_03_and_04_answer_every_prompt_twice_in_a_row(name, tmp_path, tiny):
+def test_03_and_04_answer_every_prompt_and_can_be_run_again(name, tmp_path, tiny):
     prompts = ["Hi", "a longer prompt than that one"]
     fewer = {"batch_sizes": [1]} if name == "03" else {}  # a tiny model's rates say nothing
-    for _ in range(2):
+    runs = 2 if "llama" in tiny else 1  # that it can be run again does not depend on the kind of model
+    for _ in range(runs):
         notebook = execute(name, tmp_path, model_name=tiny, prompts=prompts, max_response_tokens=4, **fewer)
         answers = shown(notebook, tag="answers")
         assert all(prompt in answers for prompt in prompts)
