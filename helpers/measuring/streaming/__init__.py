@@ -6,6 +6,7 @@ __all__, __getattr__ = public(
     __name__,
     {
         "arrivals": ["Phase", "poisson_arrivals"],
+        "bundle_times": ["BundleTimes", "measured_bundle_times"],
         "load": ["Record", "Records", "SendingError", "send_load"],
         "plan": ["Candidate", "Demand", "Plan", "PlanError", "make_plan"],
         "queueing": ["Simulated", "simulate"],
