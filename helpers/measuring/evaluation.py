@@ -27,7 +27,7 @@ from helpers.model_handler import AnsweringOptions, Failure, Response
 from helpers.model_handler.answer_schema import InvalidAnswerError, answer_schema
 from helpers.model_handler.handler import engine_for
 from helpers.model_handler.options import answering_options, takes_options
-from helpers.model_handler.prompts import Prompt
+from helpers.model_handler.prompts import Prompt, find_field
 from helpers.model_handler.served_model import ModelSource
 
 TICKETS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("tickets.json").read_text())
@@ -214,16 +214,11 @@ def _wrong(case: Mapping[str, Any], answer: Response | Failure) -> str:
         except InvalidAnswerError as error:
             return str(error)
         for name, wanted in case["field"].items():
-            found = _field(value, name)
+            try:
+                found = find_field(value, name)
+            except KeyError:
+                found = None
             # As JSON, so that true is not 1.
             if json.dumps(found, sort_keys=True) != json.dumps(wanted, sort_keys=True):
                 return f"{name} is {found!r}, not {wanted!r}"
     return ""
-
-
-def _field(value: Any, name: str) -> Any:
-    if isinstance(value, Mapping) and name in value:
-        return value[name]
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

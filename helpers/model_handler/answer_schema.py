@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
+
+from helpers.model_handler.prompts import refuse_constant
 
 # Braces around a name are prose, or a formula.
 _BEGINNING = re.compile(r"\[|\{(?=\s*[\"}])")
@@ -110,12 +112,12 @@ def _values_in(answer: str) -> Iterator[Any]:
     """
     for text in (answer, _fenced(answer)):
         try:
-            value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+            value = json.loads(text, parse_constant=refuse_constant, parse_float=_finite)
         except ValueError:
             continue
         yield value
         return
-    decoder, place = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite), 0
+    decoder, place = json.JSONDecoder(parse_constant=refuse_constant, parse_float=_finite), 0
     for _ in range(MOST_PLACES):
         found = _BEGINNING.search(answer, place)
         if not found:
@@ -143,10 +145,6 @@ def _finite(text: str) -> float:
     if math.isinf(value := float(text)):
         raise ValueError(f"{text[:20]} is too large a number")
     return value
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _written(value: Any) -> str:

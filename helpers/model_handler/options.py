@@ -300,6 +300,15 @@ def answering_options(values: Mapping[str, Any]) -> AnsweringOptions:
     return AnsweringOptions(**values)
 
 
+def options_among(arguments: Mapping[str, Any]) -> AnsweringOptions:
+    """The options that are among other arguments, such as those of `helpers.pipeline.build`.
+
+    Raises:
+        ValueError: as `AnsweringOptions`.
+    """
+    return AnsweringOptions(**{name: arguments[name] for name in NAMES if name in arguments})
+
+
 def add_arguments(parser: argparse._ActionsContainer, names: Iterable[str] = NAMES) -> None:
     """Adds answering options to a command line: `max_batch_size` as `--max-batch-size`.
 

@@ -135,7 +135,7 @@ def parse_prompt(text: str, prompt_format: str, template: str | None = None) -> 
     if prompt_format not in FORMATS:
         raise PromptError(f"there is no prompt_format {prompt_format[:40]!r}: use {', '.join(FORMATS)}")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise PromptError(f"the message is not JSON, as a {prompt_format} must be: {error}") from error
     wanted, name = (dict, "an object") if prompt_format == RECORD else (list, "a list of turns")
@@ -233,7 +233,9 @@ class Request:
         if not template:
             raise PromptError("the prompt is a record, and there is no template to ask about it with")
         self._template = parse_template(template)
-        self.values = {name: _as_text(_field(record, name)) for name in sorted(self._template.fields)}
+        self.values = {
+            name: _as_text(_field_of_message(record, name)) for name in sorted(self._template.fields)
+        }
         self._cut = max(self.values, key=lambda name: len(self.values[name]))
         self.text = self.values[self._cut]
 
@@ -269,16 +271,27 @@ class Request:
             self._exchanges[-1].append(turn)
 
 
-def _field(record: Mapping[str, Any], name: str) -> Any:
-    """A field's value: of that very name, or step by step where the name has dots."""
-    if name in record:
+def find_field(record: Any, name: str) -> Any:
+    """A field's value: of that very name, or step by step where the name has dots.
+
+    Raises:
+        KeyError: there is no such field.
+    """
+    if isinstance(record, Mapping) and name in record:
         return record[name]
-    value: Any = record
+    value = record
     for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise PromptError(f"the message has no field {name!r}, which the template names")
+        if not isinstance(value, Mapping):
+            raise KeyError(name)
         value = value[part]
     return value
+
+
+def _field_of_message(record: Mapping[str, Any], name: str) -> Any:
+    try:
+        return find_field(record, name)
+    except KeyError:
+        raise PromptError(f"the message has no field {name!r}, which the template names") from None
 
 
 def _as_text(value: Any) -> str:
@@ -291,5 +304,6 @@ def _as_text(value: Any) -> str:
         raise PromptError(f"a field's value cannot be written as text: {error}") from error
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """For json's `parse_constant`: Python would take NaN and infinities."""
     raise ValueError(f"{name} is no JSON")

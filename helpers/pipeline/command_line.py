@@ -12,7 +12,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 from apache_beam.transforms.ptransform import PTransform
 
-from helpers.model_handler.options import NAMES, add_arguments, answering_options
+from helpers.model_handler.options import add_arguments, options_among
 from helpers.pipeline.stream import CommandLineError, launch
 
 
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None = None) -> CommandLine:
     arguments = vars(parsed)
     job = {name: arguments.pop(name) for name in JOB_ARGUMENTS if name in arguments}
     try:
-        answering_options({name: arguments[name] for name in NAMES if name in arguments})
+        options_among(arguments)
     except ValueError as error:  # what does not go together
         raise CommandLineError(str(error)) from error
     return CommandLine(arguments, job, beam_arguments)

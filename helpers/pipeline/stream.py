@@ -11,7 +11,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.runners.runner import PipelineResult
 
 from helpers.load_state_dict import read_manifest
-from helpers.model_handler.options import NAMES, AnsweringOptions, answering_options, takes_options
+from helpers.model_handler.options import options_among, takes_options
 from helpers.model_handler.prompt_check import check_around_prompts
 from helpers.pipeline.transforms import AskMessages
 
@@ -105,12 +105,8 @@ def launch(beam_options: PipelineOptions, arguments: dict[str, Any], **job: Any)
     read_manifest(arguments["state_dict_path"]).check_model(
         arguments["state_dict_path"], arguments["model_name"]
     )
-    check_around_prompts(arguments["state_dict_path"], _answering(arguments))
+    check_around_prompts(arguments["state_dict_path"], options_among(arguments))
     return start(beam_options, arguments)
-
-
-def _answering(arguments: dict[str, Any]) -> AnsweringOptions:
-    return answering_options({name: arguments[name] for name in NAMES if name in arguments})
 
 
 def _runner(beam_options: PipelineOptions) -> str:

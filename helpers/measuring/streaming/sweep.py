@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,13 +126,14 @@ def _point(offered: float, found: Records, counted: dict[str, float]) -> Point:
         return counted[total] / counted[count] if counted[count] else 0.0
 
     read = counted["prompt_tokens"] + counted["padding_tokens"]
-    late = dict(zip((0.5, 0.95, 0.99), _latencies(found), strict=True))
+    has_alive = found.dead < len(found.messages)
+    p50, p95, p99 = (found.latency(share) if has_alive else math.nan for share in (0.5, 0.95, 0.99))
     return Point(
         offered=offered,
         answered=found.rate,
-        p50=late[0.5],
-        p95=late[0.95],
-        p99=late[0.99],
+        p50=p50,
+        p95=p95,
+        p99=p99,
         published=len(found.messages),
         responses=len(found.answered),
         dead_letters=found.dead,
@@ -141,11 +142,6 @@ def _point(offered: float, found: Records, counted: dict[str, float]) -> Point:
         batch_seconds=each("milliseconds", "batches") / 1000,
         padding=counted["padding_tokens"] / read if read else 0.0,
     )
-
-
-def _latencies(found: Records) -> Iterator[float]:
-    for share in (0.5, 0.95, 0.99):
-        yield found.latency(share) if found.dead < len(found.messages) else math.nan
 
 
 def _counted(job: Job) -> dict[str, float]:
