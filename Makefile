@@ -1,5 +1,7 @@
 # `make run` and `make test` work in a fresh clone: each sets up .venv first.
 PYTHON ?= python3
+# The processes that run the tests, each with a local cloud of its own: most tests wait for one.
+JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -25,10 +27,10 @@ run: $(INSTALLED) ## run the notebooks in order on this machine, into out/
 	$(PY) tools/run_notebooks.py --out out
 
 test: $(INSTALLED) ## the tests
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile
 
 test-all: $(INSTALLED) ## the tests, those that take minutes too
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(INSTALLED) ## measure side by side, into out/bench.json and out/engines: PEERS=--peers for others too
 	$(PY) tools/bench.py --out out/bench.json
