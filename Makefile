@@ -54,6 +54,7 @@ format: $(INSTALLED) ## format modules and notebooks
 
 notebooks: $(INSTALLED) clean ## run the notebooks on this machine, from nothing, and write their outputs into notebooks/
 	$(PY) tools/run_notebooks.py --out out --commit
+	$(PY) tools/saved_result.py
 	$(PY) tools/pictures.py
 
 pictures: $(INSTALLED) ## make the README's picture from the notebooks' outputs

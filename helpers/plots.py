@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from helpers.measuring.memory import Measurement
+    from helpers.measuring.streaming import BundleTimes, Point, Predicted, Records, Simulated
 
 GB = 1e9
 # From dark to light, each with a hatch: shades alone are hard to match with a legend.
@@ -191,23 +192,125 @@ def latencies(seconds: Sequence[float], *, xlabel: str, ylabel: str) -> Axes:
     return axes
 
 
+def latency_against_rate(
+    measured: Sequence[Point],
+    predicted: Sequence[Predicted] = (),
+    *,
+    label: str = "measured",
+    at: float = 0.0,
+) -> Axes:
+    """Latency against the offered rate: predicted as lines, measured as marks, the knee as a vertical line.
+
+    Args:
+        measured: a running job at several rates.
+        predicted: at rates near enough to each other for a line.
+        label: what the measured points are.
+        at: where the knee is, in messages a second; 0 for no mark.
+    """
+    axes = new_axes(height=3.6)
+    for name, (shade, _), mark, style in (
+        ("p50", SHADES[1], "o", "--"),
+        ("p95", SHADES[0], "s", "-"),
+    ):
+        if predicted:
+            axes.plot(
+                [one.offered for one in predicted],
+                [getattr(one, name) for one in predicted],
+                style,
+                color=shade,
+                label=f"{name}, predicted",
+            )
+        finite = [one for one in measured if math.isfinite(getattr(one, name))]
+        axes.plot(
+            [one.offered for one in finite],
+            [getattr(one, name) for one in finite],
+            mark,
+            color=shade,
+            markeredgecolor=EDGE,
+            label=f"{name}, {label}",
+        )
+    if at:
+        axes.axvline(at, color="#888888", linewidth=0.8)
+        axes.annotate(
+            "knee", (at, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4), ha="right", va="top",
+            textcoords="offset points", color=EDGE,
+        )  # fmt: skip
+    _log_with_plain_numbers(axes, "xy")
+    axes.set(xlabel="messages sent a second", ylabel="seconds until\nthe response")
+    axes.grid(color="#eeeeee")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def bundle_times(ways: Mapping[str, BundleTimes]) -> Axes:
+    """The seconds that bundles take, by their size.
+
+    Args:
+        ways: what was measured → its times.
+    """
+    axes = new_axes(height=3)
+    marks = ("o-", "s--", "^:", "D-.", "v-", "P--")
+    for (name, times), mark in zip(ways.items(), marks, strict=False):
+        axes.plot(times.sizes, times.times, mark, markersize=5, markeredgecolor=EDGE, label=name)
+    _log_with_plain_numbers(axes, "xy")
+    axes.set(xlabel="messages answered together", ylabel="seconds")
+    axes.grid(color="#eeeeee")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def backlog(measured: Records, predicted: Simulated, *, burst: tuple[float, float]) -> Axes:
+    """How many messages wait, over time, measured and predicted.
+
+    Args:
+        measured: what was sent and answered.
+        predicted: the same arrivals, simulated.
+        burst: when it begins and ends, in seconds.
+    """
+    axes = new_axes(height=3)
+    end = max(measured.drained_at(burst[1]), predicted.drained_at(burst[1]))
+    end = 1.1 * (end if math.isfinite(end) else measured.messages[-1].intended)
+    times = [end * place / 400 for place in range(401)]
+    axes.axvspan(*burst, color=SHADES[3][0], label="burst")
+    axes.plot(
+        times, [predicted.waiting_at(when) for when in times], "--", color=SHADES[0][0], label="predicted"
+    )
+    axes.plot(times, [measured.waiting_at(when) for when in times], color=SHADES[1][0], label="measured")
+    axes.set(xlabel="seconds", ylabel="messages that\nwait", ylim=(0, None), xlim=(0, end))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def _log_with_plain_numbers(axes: Axes, which: str) -> None:
+    """Logarithmic axes whose numbers are written out: 0.5 and 20, not powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for name in which:
+        axis = getattr(axes, f"{name}axis")
+        axis.axes.set(**{f"{name}scale": "log"})
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
 # Each notebook with what it takes in; the last one's result comes after it.
 STEPS = (
     ("01", "size\nthe model", "a model's\nname"),
     ("02", "convert\nthe weights", "memory,\nmachine"),
     ("03", "try it\ninteractively", "state dict\nin gs://"),
     ("04", "deploy\nthe stream", "answers in\na notebook"),
+    ("05", "tune the\nthroughput", "a running\njob"),
 )
-RESULT = "a running\njob"
+RESULT = "rate, latency\nand cost"
 
 
 def series(here: str) -> Axes:
-    """The way from a model's name to a running job, and the step that a notebook is.
+    """The way from a model's name to a job that is tuned, and the step that a notebook is.
 
     Args:
         here: the notebook's number, as `"03"`.
     """
-    axes = new_axes(width=9, height=1.3)
+    axes = new_axes(width=10.5, height=1.3)
     apart = 2.5
     for place, (number, does, takes) in enumerate(STEPS):
         is_here, x = number == here, apart * place

@@ -43,7 +43,7 @@ def cpu(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_loaded():
     served_model._served.clear()
-    served_model.count_loads()
+    served_model.take_counts()
 
 
 def loaded(result) -> int:
@@ -217,7 +217,7 @@ def test_who_converts_again_gets_the_new_weights_in_the_same_process(llama, tmp_
     handler = LanguageModelHandler(str(path), max_response_tokens=8)
     old = answer(handler, ["Hi"])
     assert answer(handler, ["Hi"]) == old
-    assert served_model.count_loads() == 0  # counted by the answers: one load for both
+    assert served_model.take_counts()["models_loaded"] == 0  # counted by the answers: one load for both
     shutil.rmtree(path.with_suffix(""))
     path.unlink()
     convert(changed_checkpoint(llama[0], tmp_path / "c", "t5_tied"), path, "float32", progress=False)

@@ -83,6 +83,25 @@ def test_03_and_04_answer_every_prompt_and_can_be_run_again(name, tmp_path, tiny
         assert "–" not in answers, "a prompt has no answer"
 
 
+def test_05_predicts_measures_and_plans(tmp_path, cloud):
+    checkpoint = tmp_path / "tiny"
+    save_checkpoint("llama", checkpoint)
+    shorter = {"rates": [5, 10], "sweep_seconds": 3, "burst_seconds": 3, "changes": [{"max_batch_size": 2}]}
+    done = execute("05", tmp_path, model_name=str(checkpoint), max_response_tokens=4, **shorter)
+    assert len(shown(done, "predicted").splitlines()) == 4, "a head, and a line for each of three rates"
+    assert "gone" in shown(done, "burst")
+    assert "Best within" in shown(done, "best")
+    assert "num_workers" in shown(done)
+    assert "The job: DRAINED" in shown(done)
+
+
+def test_05_refuses_what_cannot_be_before_it_starts_a_job(tmp_path, cloud):
+    for wrong in ({"price_per_hour": "a lot"}, {"target_seconds": 0}, {"rates": []}, {"changes": ["int8"]}):
+        with pytest.raises(papermill.PapermillExecutionError, match=next(iter(wrong))) as caught:
+            execute("05", tmp_path, **wrong)
+        assert caught.value.exec_count <= 4, "the cell that looks at the parameters"
+
+
 def test_the_deployed_default_model_knows_the_capital_of_france(tmp_path, cloud, packaged_checkpoint):
     prompt = "What is the capital of France?"
     notebook = execute("04", tmp_path, model_name=DEFAULT_MODEL, prompts=[prompt])

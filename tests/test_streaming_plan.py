@@ -1,10 +1,11 @@
 """A plan is the cheapest that the simulated queue says is enough."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from helpers.measuring.streaming import Candidate, Demand, PlanError, ServiceTime, make_plan
+from helpers.measuring.streaming import BundleTimes, Candidate, Demand, PlanError, ServiceTime, make_plan
 
 # A batch takes 0.1 s, and 0.01 s for each of its prompts (32 tokens in, 16 out).
 SERVICE = ServiceTime(per_batch=0.1, per_prompt_token=0.01 / 32, per_step=0.0, per_token=0.0)
@@ -54,6 +55,36 @@ def test_what_follows_goes_to_submit():
     arguments = make_plan(demand(), [SMALL]).arguments()
     assert arguments.keys() <= signature(submit).parameters.keys()
     assert arguments["machine_type"] == "small"
+
+
+def test_a_running_streams_times_make_a_plan_too():
+    # What BundleTimes are to a stream: a bundle of n takes 0.1 + 0.01 n, with batches of 8 inside.
+    times = BundleTimes((1, 64), (0.11, 0.74), most=64, response_tokens=16)
+    stream = Candidate("small", times, 0.10, {"max_batch_size": 8, "engine": "ctranslate2"})
+    found = make_plan(demand(rate=40.0), [stream])
+    assert found.options == {"max_batch_size": 8, "engine": "ctranslate2"}
+    assert found.load == pytest.approx(40 * 0.74 / 64 / found.least_workers)
+    arguments = found.arguments()
+    assert arguments["engine"] == "ctranslate2"
+    assert f"--dataflow_service_options=min_num_workers={found.least_workers}" in arguments["beam_options"]
+    # Twice the tokens take twice the time.
+    longer = make_plan(demand(rate=40.0, response_tokens=32), [stream])
+    assert longer.load * longer.least_workers == pytest.approx(2 * found.load * found.least_workers)
+    # With the default options, the batch size is the default too.
+    assert make_plan(demand(), [Candidate("small", times, 0.1)]).options == {"max_batch_size": 32}
+
+
+def test_the_hint_is_one_that_dataflow_takes():
+    for busy, hint in ((0.0, "0.1"), (0.35, "0.4"), (0.97, "0.9")):
+        options = replace(make_plan(demand(), [SMALL]), busy=busy).arguments()["beam_options"]
+        assert f"--dataflow_service_options=worker_utilization_hint={hint}" in options
+
+
+def test_the_table_says_what_it_costs():
+    rows = {row["plan"]: row[""] for row in make_plan(demand(), [SMALL]).rows()}
+    assert rows["machine"] == "small"
+    assert rows["cost an hour"] == "0.1"
+    assert rows["95 % within, in a burst"] == "–"
 
 
 def test_a_target_that_no_machine_meets_says_how_near_the_best_comes():

@@ -10,13 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.measuring.streaming import (
-    BundleTimes,
     Observed,
     Phase,
-    Record,
     ServiceTime,
     fit,
-    measured_bundle_times,
     poisson_arrivals,
     simulate,
 )
@@ -133,38 +130,6 @@ def test_a_known_service_time_is_found_again_through_noise():
 def test_batches_that_are_too_alike_tell_no_service_time(batches):
     with pytest.raises(ValueError, match="do not tell"):
         fit(batches)
-
-
-def test_bundle_times_are_found_again_from_when_answers_come():
-    true = {1: 0.27, 2: 0.47, 3: 0.5}
-
-    def seconds_of(places):
-        return true.get(len(places), 0.5 + 0.01 * len(places))
-
-    runs = []
-    for rate in (1.0, 4.0, 9.0):
-        times = poisson_arrivals([Phase(rate, 120)], random_state=9)
-        found = simulate(times, seconds_of, most=32)
-        runs.append([Record(when, when, then) for when, then in zip(times, found.answered, strict=True)])
-    measured = measured_bundle_times(runs)
-    for size in (1, 2, 3, *(size for size in measured.sizes if size > 3)):
-        assert measured.seconds(size) == pytest.approx(seconds_of(range(size)), rel=0.02)
-    # And what they predict of a rate that was not measured.
-    times = poisson_arrivals([Phase(6.0, 300)], random_state=10)
-    expected = simulate(times, seconds_of, most=32)
-    predicted = simulate(times, lambda places: measured.seconds(len(places)), most=32)
-    for share in (0.5, 0.95, 0.99):
-        assert predicted.latency(share) == pytest.approx(expected.latency(share), rel=0.1)
-
-
-def test_times_between_and_beyond_what_was_measured():
-    measured = BundleTimes((2, 4, 8), (0.2, 0.3, 0.7))
-    assert [measured.seconds(size) for size in (1, 2, 3, 4, 6, 8)] == pytest.approx(
-        [0.2, 0.2, 0.25, 0.3, 0.5, 0.7]
-    )
-    assert measured.seconds(16) == pytest.approx(1.4)
-    with pytest.raises(ValueError, match="no message was answered"):
-        measured_bundle_times([[Record(0.0, 0.0)], []])
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])

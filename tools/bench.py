@@ -2,8 +2,9 @@
 
 On random weights of flan-t5-large's shape, it compares `from_pretrained` and `torch.save` with this project's
 conversion, and Beam's stock PyTorch handler with this project's, on the same state dict. It also compares the
-packaged model asked one prompt at a time in float32 with the same model asked in batches. The last line
-printed is the whole result as JSON.
+packaged model asked one prompt at a time in float32 with the same model asked in batches, and it measures a
+whole stream on the local cloud: Pub/Sub, a job with the packaged model, Pub/Sub. The last line printed is the
+whole result as JSON.
 """
 
 import argparse
@@ -227,12 +228,65 @@ def bench_batches(prompts: int, folder: Path) -> dict:
     }
 
 
+def bench_stream(seconds: float) -> dict:
+    """A job on the local cloud, whose machine also sends, stores and delivers the messages: the most that it
+    answers, and its latency at half of that.
+
+    Args:
+        seconds: how long to send at each rate.
+    """
+    from helpers import dataflow, load_state_dict, pubsub
+    from helpers.measuring import streaming
+    from helpers.models import DEFAULT_MODEL
+    from helpers.notebook import connect
+
+    cloud = connect()
+    path = cloud.state_dict_path(DEFAULT_MODEL)
+    load_state_dict.ensure(DEFAULT_MODEL, path)
+    name = dataflow.new_job_name(DEFAULT_MODEL)
+    topics = [pubsub.create_topic(cloud.project, f"{name}-{what}") for what in ("messages", "responses")]
+    subscriptions = [pubsub.create_subscription(topic, topic.rpartition("/")[2]) for topic in topics]
+    job = dataflow.submit(
+        project=cloud.project,
+        location=cloud.location,
+        temp_location=cloud.gs("temp"),
+        job_name=name,
+        model_name=DEFAULT_MODEL,
+        state_dict_path=path,
+        messages_subscription=subscriptions[0],
+        responses_topic=topics[1],
+        max_response_tokens=RESPONSE_TOKENS,
+        max_run_minutes=20,
+    )
+    prompts = [f"In one sentence, what is the number {number} known for?" for number in range(1000)]
+    load = {"topic": topics[0], "prompts": prompts, "responses": subscriptions[1]}
+    try:
+        job.wait_for("RUNNING", timeout=300)
+        streaming.warm_up(**load)
+        points = streaming.sweep_rates(job, [4, 8, 16, 32, 64, 128, 256], seconds=seconds, **load)
+        most = streaming.most_rate(streaming.measured_bundle_times(points))
+        half = [streaming.sweep_rates(job, [most / 2], seconds=2 * seconds, **load)[0] for _ in range(ROUNDS)]
+    finally:
+        job.cancel()
+        pubsub.delete(*subscriptions, *topics)
+    return {
+        "response_tokens": RESPONSE_TOKENS,
+        "most_messages_per_second": most,
+        "half_messages_per_second": statistics.median(point.answered for point in half),
+        "half_p50_seconds": statistics.median(point.p50 for point in half),
+        "half_p95_seconds": statistics.median(point.p95 for point in half),
+        "half_batch_size": statistics.median(point.batch_size for point in half),
+    }
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compares this project with the usual way.")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer prompts: a smoke test")
-    parser.add_argument("--only", nargs="+", choices=("conversion", "serving", "batches"), help="only these")
+    parser.add_argument(
+        "--only", nargs="+", choices=("conversion", "serving", "batches", "stream"), help="only these"
+    )
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -247,6 +301,7 @@ def main() -> None:
             "serving": lambda: bench_serving(model_name, Path(temporary)),
             "conversion": lambda: bench_conversion(model_name),
             "batches": lambda: bench_batches(16 if arguments.quick else 200, Path(temporary)),
+            "stream": lambda: bench_stream(3 if arguments.quick else 12),
         }
         for name in arguments.only or sections:
             started = time.monotonic()

@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -24,6 +23,8 @@ import threading
 from pathlib import Path
 
 import torch
+
+from helpers.measuring.cpu import cpu_name, kind_of_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTESTANTS = Path(__file__).with_name("contestants")
@@ -58,29 +59,6 @@ SYSTEM_PROMPT = (
     "ask which size of frame to take, ask for the height and the length of the legs first. Write numbers as "
     "figures and units in the metric system, and never use abbreviations that a beginner would not know."
 )
-
-
-def kind_of_cpu(held: bool = False) -> str:
-    """The kind that figures are kept for, after what decides about engines."""
-    has = torch.cpu.get_capabilities()
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "ARM"
-    if held:
-        return "held-to-AVX2"
-    if has.get("amx_bf16"):
-        return "AMX"
-    if has.get("avx512_bf16"):
-        return "AVX512-BF16"
-    return "AVX512" if has.get("avx512") or has.get("avx512_f") else "AVX2"
-
-
-def cpu_name() -> str:
-    """As the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 class Contestant:
@@ -333,7 +311,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="llama.cpp and OpenVINO too")
     parser.add_argument("--hold-avx2", action="store_true", help="hold libraries to AVX2, as on an older CPU")
     arguments = parser.parse_args()
-    kind = kind_of_cpu(arguments.hold_avx2)
+    kind = "held-to-AVX2" if arguments.hold_avx2 else kind_of_cpu()
     file = arguments.out / f"{kind}.json"
     result = json.loads(file.read_text()) if file.is_file() else {}
     result |= {"kind": kind, "cpu": cpu_name(), "threads": THREADS}

@@ -22,7 +22,7 @@ from helpers.model_handler.engines.engine import TIME
 from helpers.model_handler.language_model import LanguageModel
 from helpers.model_handler.options import AnsweringOptions, answering_options, takes_options
 from helpers.model_handler.prompts import Prompt
-from helpers.model_handler.served_model import ModelSource, count_loads, forget, serve
+from helpers.model_handler.served_model import ModelSource, forget, serve, take_counts
 
 NAMESPACE = "LanguageModel"
 
@@ -95,7 +95,8 @@ class LanguageModelHandler(ModelHandler[Prompt, PredictionResult, LanguageModel]
         if inference_args:
             raise ValueError("LanguageModelHandler takes no inference_args: give its options instead.")
         answers = model.ask(batch, self._options, on_batch=_count_batch)
-        Metrics.counter(NAMESPACE, "models_loaded").inc(count_loads())
+        for name, count in take_counts().items():
+            Metrics.counter(NAMESPACE, name).inc(count)
         _count_answers(answers)
         for prompt, answer in zip(batch, answers, strict=True):
             yield PredictionResult(prompt, self._inference(answer), model_id=self._source.state_dict_path)

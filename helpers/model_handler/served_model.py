@@ -9,9 +9,12 @@ New weights arrive in one way: somebody looks at the path's manifest (`_Served.l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +39,7 @@ log = logging.getLogger(__name__)
 
 _served: dict[ModelSource, _Served] = {}
 _lock = threading.Lock()
-_loads = 0
+_counts: Counter[str] = Counter()
 _count_lock = threading.Lock()
 
 
@@ -85,7 +88,8 @@ class ModelSource:
     def _load_torch(self, choice: Choice) -> tuple[LanguageModel, Manifest]:
         dtype = torch_dtype(choice.dtype)
         while True:
-            state_dict = fetch(self.state_dict_path, dtype, self.cache_dir)
+            with _timed("fetch_milliseconds"):
+                state_dict = fetch(self.state_dict_path, dtype, self.cache_dir)
             try:
                 model, tokenizer = load_model(
                     state_dict.file, state_dict.folder, device=choice.device, dtype=dtype
@@ -105,7 +109,8 @@ class ModelSource:
         # An import of its own: the engine is not installed everywhere.
         from helpers.model_handler.engines.ctranslate2_engine import CTranslate2Engine, DisagreementError
 
-        local = fetch_engine_file(self.state_dict_path, choice.dtype, self.cache_dir)
+        with _timed("fetch_milliseconds"):
+            local = fetch_engine_file(self.state_dict_path, choice.dtype, self.cache_dir)
         config = architecture_of(read_config(local.companions)).config
         settings = read_generation_config(local.companions, config)
         try:
@@ -145,10 +150,11 @@ class _Served:
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
-        self.language_model, manifest = source.load()
+        with _timed("load_milliseconds"):
+            self.language_model, manifest = source.load()
         self._version, self._refused = manifest.version, ""
         self.is_watched = False
-        _count_load()
+        _count("models_loaded", 1)
 
     def look(self) -> None:
         """Takes up the state dict that is at the path now, if it is another one and can be used.
@@ -160,7 +166,8 @@ class _Served:
         try:
             if read_manifest(path).version in (self._version, self._refused):
                 return
-            new, manifest = self._source.load()
+            with _timed("load_milliseconds"):
+                new, manifest = self._source.load()
             try:
                 self.language_model.take_over(new)
             except OtherModelError:
@@ -169,7 +176,7 @@ class _Served:
                     raise
                 self.language_model = new
             self._version = manifest.version
-            _count_load()
+            _count("models_loaded", 1)
             drop_older_copies(path, manifest.crc32c, self._source.cache_dir)
             log.info("Took up the new state dict at %s", path)
         except Exception as error:  # the old model goes on; the next check may find a whole file
@@ -217,15 +224,29 @@ def forget(source: ModelSource) -> None:
         _served.pop(source, None)
 
 
-def count_loads() -> int:
-    """How many models were loaded since the last call; Beam drops counts made while a DoFn is set up."""
-    global _loads
+def take_counts() -> dict[str, int]:
+    """What was counted since the last call: Beam drops counts made while a DoFn is set up.
+
+    Returns:
+        `models_loaded`; `load_milliseconds`, from reading the manifest until the model can answer, and of
+        these `fetch_milliseconds`, in which its file came to this machine (and the engine's was made, if it
+        was not there yet).
+    """
     with _count_lock:
-        loads, _loads = _loads, 0
-    return loads
+        taken = {name: _counts[name] for name in ("models_loaded", "load_milliseconds", "fetch_milliseconds")}
+        _counts.clear()
+    return taken
 
 
-def _count_load() -> None:
-    global _loads
+def _count(name: str, number: int) -> None:
     with _count_lock:
-        _loads += 1
+        _counts[name] += number
+
+
+@contextlib.contextmanager
+def _timed(name: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        _count(name, round(1000 * (time.monotonic() - started)))

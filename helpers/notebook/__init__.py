@@ -7,7 +7,15 @@ __all__, __getattr__ = public(
     {
         "connection": ["Connection", "ConnectionFailed", "connect"],
         "environment": ["prepare"],
-        "interaction": ["at_least", "progress", "prompt_box", "quiet_interactive_beam", "texts"],
+        "interaction": [
+            "at_least",
+            "job_options",
+            "progress",
+            "prompt_box",
+            "quiet_interactive_beam",
+            "rising",
+            "texts",
+        ],
         "scratch": ["clean_up", "scratch_folder"],
         "tables": ["Board", "Table", "table", "versions"],
     },

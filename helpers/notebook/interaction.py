@@ -40,6 +40,40 @@ def texts(**parameters: object) -> None:
             raise ValueError(f"{name} = {value!r}: it must be a list of texts, none of them empty.")
 
 
+def rising(**parameters: object) -> None:
+    """Checks parameters that are lists of numbers above 0, the least first.
+
+    Raises:
+        ValueError: one is something else, or empty.
+    """
+    for name, value in parameters.items():
+        numbers = isinstance(value, list) and all(
+            type(one) in (int, float) and 0 < one < 1e9 for one in value
+        )
+        if not numbers or not value or value != sorted(set(value)):
+            raise ValueError(f"{name} = {value!r}: it must be a list of numbers above 0, the least first.")
+
+
+def job_options(**parameters: object) -> None:
+    """Checks parameters that are lists of answering options, as `[{"max_batch_size": 4}]`.
+
+    Raises:
+        ValueError: one is something else, or there is no such option or value.
+    """
+    from helpers.model_handler.options import answering_options
+
+    for name, value in parameters.items():
+        dicts = isinstance(value, list) and all(isinstance(one, dict) and one for one in value)
+        if not dicts or any(value.count(one) > 1 for one in value):
+            such = '[{"max_batch_size": 4}], with each change once'
+            raise ValueError(f"{name} = {value!r}: it must be a list such as {such}.")
+        for one in value:
+            try:
+                answering_options(one)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: {one!r} cannot be: {error}") from error
+
+
 @contextlib.contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[tqdm]:
     """A bar whose clock goes on while nothing arrives.

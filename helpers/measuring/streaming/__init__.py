@@ -5,12 +5,24 @@ from helpers import public
 __all__, __getattr__ = public(
     __name__,
     {
-        "arrivals": ["Phase", "poisson_arrivals"],
+        "arrivals": ["Phase", "poisson_arrivals", "volleys"],
         "bundle_times": ["BundleTimes", "measured_bundle_times"],
+        "capacity": [
+            "Predicted",
+            "highest_rate",
+            "most_rate",
+            "predict_points",
+            "predict_rates",
+            "predicted_curve",
+            "simulate_stream",
+        ],
         "load": ["Record", "Records", "SendingError", "send_load"],
         "plan": ["Candidate", "Demand", "Plan", "PlanError", "make_plan"],
         "queueing": ["Simulated", "simulate"],
+        "result": ["Result", "read_result", "this_machine"],
         "service_time": ["Observed", "ServiceTime", "fit"],
+        "changes": ["label_of", "measure_changes", "warm_up"],
+        "first_answer": ["start_up"],
         "sweep": ["Point", "SweepError", "knee", "sweep_rates"],
     },
 )

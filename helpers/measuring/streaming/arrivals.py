@@ -58,3 +58,14 @@ def poisson_arrivals(phases: Sequence[Phase], random_state: int = 0) -> list[flo
             times.append(now)
         begin = end
     return times
+
+
+def volleys(sizes: Sequence[int], seconds_apart: float) -> list[float]:
+    """The times of messages that are sent together, so many at once: to warm a job up, for instance.
+
+    Raises:
+        ValueError: a number that cannot be.
+    """
+    if min(sizes, default=1) < 1 or not 0 < seconds_apart < 1e9:
+        raise ValueError(f"{sizes} messages, {seconds_apart!r} s apart: give numbers above 0.")
+    return [place * seconds_apart for place, size in enumerate(sizes) for _ in range(size)]

@@ -1,6 +1,7 @@
 """Which machine, how many workers and which batches a stream needs, and what that costs: by simulation.
 
-Each candidate is a machine with its service time, measured on it, and its price. Workers are added until the
+Each candidate is a machine with its service time, or the times of a running stream's bundles, measured on it,
+and its price. Workers are added until the
 simulated queue keeps the latency asked for, at the mean rate and in a burst; of what does, the cheapest is
 the plan.
 """
@@ -8,19 +9,22 @@ the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from helpers.measuring.streaming.arrivals import Phase, poisson_arrivals
+from helpers.measuring.streaming.bundle_times import BundleTimes
 from helpers.measuring.streaming.queueing import percentile, simulate
 from helpers.measuring.streaming.service_time import ServiceTime
+from helpers.model_handler.options import AnsweringOptions
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 MESSAGES = 3000
 """How many messages are simulated at the mean rate: enough for 150 beyond the 95th percentile."""
 
 MOST_WORKERS = 100
+LEAST_HINT, MOST_HINT = 0.1, 0.9  # the utilization hints that Dataflow accepts
 MOST_LOAD = 0.9
 """The most of what workers can answer in full batches: nearer to all of it, latency is a matter of luck."""
 
@@ -67,19 +71,43 @@ class Candidate:
 
     Attributes:
         machine_type: its name.
-        service_time: as measured on it.
+        service_time: as measured on it. That of an engine (`fit`) holds for prompts and responses of any
+            length and batches of any size. That of a running stream (`measured_bundle_times`) has in it
+            all that is around the engine; it holds for prompts about as long as those that were measured, and
+            for the batch size that they were measured with.
         price_per_hour: in whatever currency; the costs of a plan are in the same.
+        options: the answering options that it was measured with, where they are not the defaults.
 
     Raises:
         ValueError: a price that is no number above 0.
     """
 
     machine_type: str
-    service_time: ServiceTime
+    service_time: ServiceTime | BundleTimes
     price_per_hour: float
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_number("price_per_hour", self.price_per_hour)
+
+    def seconds(self, count: int, demand: Demand) -> float:
+        """How long it takes for so many messages at once."""
+        if isinstance(self.service_time, BundleTimes):
+            return self.service_time.seconds(count, demand.response_tokens)
+        return self.service_time.seconds([demand.prompt_tokens] * count, [demand.response_tokens] * count)
+
+    def draw(self, demand: Demand) -> Callable[[int], float]:
+        """How long it may take: as `seconds`, with the spread that was measured, if there is one."""
+        if isinstance(self.service_time, BundleTimes):
+            return self.service_time.draw(response_tokens=demand.response_tokens)
+        return lambda count: self.seconds(count, demand)
+
+    def sizes(self, batch_sizes: Iterable[int]) -> list[tuple[int, int]]:
+        """Pairs of a batch size to try, and of how many messages are then answered at once."""
+        chosen = self.options.get("max_batch_size")
+        if isinstance(self.service_time, BundleTimes):
+            return [(chosen or AnsweringOptions.max_batch_size, self.service_time.most)]
+        return [(size, size) for size in sorted({chosen} if chosen else set(batch_sizes))]
 
 
 @dataclass(frozen=True)
@@ -88,35 +116,66 @@ class Plan:
 
     Attributes:
         machine_type: of each worker.
-        max_batch_size: the answering option.
+        options: the answering options, among them `max_batch_size`.
         least_workers: enough for the mean rate.
         most_workers: enough for a burst.
         latency: the simulated 95th percentile at the mean rate, in seconds.
         peak_latency: the same of messages that arrive in a burst; None without one.
         load: the mean rate as a share of what the least workers can answer, in full batches.
+        busy: the share of their time in which the least workers compute at the mean rate.
         cost_per_hour: of the least workers.
         cost_per_million_messages, cost_per_million_tokens: at the mean rate; prompts and responses count.
     """
 
     machine_type: str
-    max_batch_size: int
+    options: Mapping[str, Any]
     least_workers: int
     most_workers: int
     latency: float
     peak_latency: float | None
     load: float
+    busy: float
     cost_per_hour: float
     cost_per_million_messages: float
     cost_per_million_tokens: float
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `helpers.dataflow.submit` that follow from it."""
+        """The arguments of `helpers.dataflow.submit` that follow from it.
+
+        Dataflow adds workers above a utilization of their processors, and takes some away below it. A worker
+        that takes what waits is busy long before it is at its limit, so the hint is a tenth above what the
+        mean rate needs, or the highest that Dataflow takes.
+        """
+        hint = min(max(self.busy + 0.1, LEAST_HINT), MOST_HINT)
         return {
             "machine_type": self.machine_type,
             "max_workers": self.most_workers,
-            "max_batch_size": self.max_batch_size,
-            "beam_options": [f"--num_workers={self.least_workers}"],
+            **self.options,
+            "beam_options": [
+                f"--num_workers={self.least_workers}",
+                f"--dataflow_service_options=min_num_workers={self.least_workers}",
+                f"--dataflow_service_options=worker_utilization_hint={hint:.1f}",
+            ],
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For a table."""
+        burst = "–" if self.peak_latency is None else f"{self.peak_latency:.2f} s"
+        options = ", ".join(f"{name} = {value}" for name, value in self.options.items())
+        values = {
+            "machine": self.machine_type,
+            "answering options": options,
+            "workers, at least": self.least_workers,
+            "workers, at most": self.most_workers,
+            "95 % within, at the mean rate": f"{self.latency:.2f} s",
+            "95 % within, in a burst": burst,
+            "mean rate, of the most that these answer": f"{self.load:.0%}",
+            "time in which they are busy": f"{self.busy:.0%}",
+            "cost an hour": f"{self.cost_per_hour:.3g}",
+            "cost of a million messages": f"{self.cost_per_million_messages:.3g}",
+            "cost of a million tokens": f"{self.cost_per_million_tokens:.3g}",
+        }
+        return [{"plan": name, "": value} for name, value in values.items()]
 
 
 def make_plan(
@@ -131,7 +190,7 @@ def make_plan(
     Args:
         demand: what is asked for.
         candidates: machines with their service times and prices.
-        batch_sizes: those that may be used.
+        batch_sizes: those that may be used, where the service time is an engine's.
         most_workers: how many there may be.
 
     Raises:
@@ -142,9 +201,9 @@ def make_plan(
         raise ValueError("there are no machines to choose from: measure a service time, and name its price.")
     found, nearest = [], math.inf
     for candidate in candidates:
-        for size in sorted(set(batch_sizes)):
+        for batch_size, at_once in candidate.sizes(batch_sizes):
             try:
-                found.append(_plan_for(demand, candidate, size, most_workers))
+                found.append(_plan_for(demand, candidate, batch_size, at_once, most_workers))
             except _NotEnoughError as error:
                 nearest = min(nearest, error.latency)
     if not found:
@@ -168,25 +227,22 @@ class _NotEnoughError(Exception):
 class _Trial:
     workers: int
     latency: float
+    busy: float
 
 
-def _plan_for(demand: Demand, candidate: Candidate, size: int, most_workers: int) -> Plan:
+def _plan_for(demand: Demand, candidate: Candidate, batch_size: int, at_once: int, most_workers: int) -> Plan:
     """The plan for a machine and a batch size."""
-
-    def seconds_of(places: Sequence[int]) -> float:
-        count = len(places)
-        return candidate.service_time.seconds(
-            [demand.prompt_tokens] * count, [demand.response_tokens] * count
-        )
 
     def try_with(workers: int, times: list[float], begin: float, end: float) -> _Trial:
         """The latency of what arrives in a time."""
-        found = simulate(times, seconds_of, workers=workers, most=size)
+        draw = candidate.draw(demand)
+        # What arrivals cost is left out: workers on Dataflow do not deliver the messages.
+        found = simulate(times, lambda places: draw(len(places)), workers=workers, most=at_once)
         pairs = zip(found.arrived, found.latencies, strict=True)
         chosen = [latency for when, latency in pairs if begin <= when < end]
-        return _Trial(workers, percentile(chosen, 0.95) if chosen else 0.0)
+        return _Trial(workers, percentile(chosen, 0.95) if chosen else 0.0, found.busy)
 
-    most_of_one = size / seconds_of(range(size))  # messages a second, in full batches
+    most_of_one = at_once / candidate.seconds(at_once, demand)  # messages a second, in full batches
     steady = poisson_arrivals([Phase(demand.rate, MESSAGES / demand.rate)], random_state=1)
     least = _fewest(
         range(1, most_workers + 1),
@@ -211,12 +267,13 @@ def _plan_for(demand: Demand, candidate: Candidate, size: int, most_workers: int
     per_message = per_hour / (3600 * demand.rate)
     return Plan(
         machine_type=candidate.machine_type,
-        max_batch_size=size,
+        options={**candidate.options, "max_batch_size": batch_size},
         least_workers=least.workers,
         most_workers=(most or least).workers,
         latency=least.latency,
         peak_latency=most and most.latency,
         load=demand.rate / (least.workers * most_of_one),
+        busy=least.busy,
         cost_per_hour=per_hour,
         cost_per_million_messages=per_message * 1e6,
         cost_per_million_tokens=per_message / (demand.prompt_tokens + demand.response_tokens) * 1e6,

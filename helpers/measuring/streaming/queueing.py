@@ -79,6 +79,7 @@ def simulate(
     *,
     workers: int = 1,
     most: int = 32,
+    per_arrival: float = 0.0,
 ) -> Simulated:
     """Simulates a queue.
 
@@ -87,10 +88,14 @@ def simulate(
         seconds_of: how long a worker takes for the messages of a bundle, given by their places in `arrived`.
         workers: how many take bundles independently.
         most: the most messages in a bundle.
+        per_arrival: how many seconds a bundle takes longer for each message that arrives meanwhile, where the
+            workers' machine also delivers the messages.
 
     Raises:
         ValueError: numbers that make no sense.
     """
+    if not 0 <= per_arrival < math.inf:
+        raise ValueError(f"{per_arrival} s for each arrival: give 0 or more.")
     if workers < 1 or most < 1:
         raise ValueError(f"{workers} workers with {most} messages at once: give at least one of each.")
     if any(later < earlier for earlier, later in itertools.pairwise(arrived)):
@@ -108,6 +113,8 @@ def simulate(
         seconds = seconds_of(range(first, last))
         if not 0 <= seconds < math.inf:
             raise ValueError(f"a bundle of {last - first} takes {seconds} s, which cannot be.")
+        if per_arrival:
+            seconds = _with_arrivals(arrived, begin, seconds, per_arrival)
         for place in range(first, last):
             answered[place] = begin + seconds
         heapq.heappush(free, (begin + seconds, worker))
@@ -116,3 +123,12 @@ def simulate(
         first = last
     span = max(answered, default=0.0) - (arrived[0] if arrived else 0.0)
     return Simulated(list(arrived), answered, bundles, worked / (workers * span) if span > 0 else 0.0)
+
+
+def _with_arrivals(arrived: Sequence[float], begin: float, seconds: float, per_arrival: float) -> float:
+    """What a bundle takes with the messages that arrive meanwhile, which are more the longer it takes."""
+    place = bisect_right(arrived, begin)
+    while place < len(arrived) and arrived[place] < begin + seconds:
+        seconds += per_arrival
+        place += 1
+    return seconds

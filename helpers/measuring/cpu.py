@@ -1,0 +1,29 @@
+"""The CPU that a figure was measured on: figures of one kind do not hold for another."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+
+def kind_of_cpu() -> str:
+    """The kind that figures are kept for, after what decides about engines and dtypes."""
+    import torch
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "ARM"
+    has = torch.cpu.get_capabilities()
+    if has.get("amx_bf16"):
+        return "AMX"
+    if has.get("avx512_bf16"):
+        return "AVX512-BF16"
+    return "AVX512" if has.get("avx512") or has.get("avx512_f") else "AVX2"
+
+
+def cpu_name() -> str:
+    """As the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

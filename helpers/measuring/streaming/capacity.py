@@ -1,0 +1,134 @@
+"""What a stream can do, predicted from the times of its bundles: latency at a rate, and its highest rate."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from helpers.measuring.streaming.arrivals import Phase, poisson_arrivals
+from helpers.measuring.streaming.bundle_times import BundleTimes
+from helpers.measuring.streaming.queueing import Simulated, simulate
+
+if TYPE_CHECKING:
+    from helpers.measuring.streaming.sweep import Point
+
+MESSAGES = 2000
+"""How many messages are simulated to find the highest rate: enough for 100 beyond the 95th percentile."""
+
+CURVE_MESSAGES = 1000
+DRAWS = 9
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What is predicted of a stream at one rate.
+
+    Attributes:
+        offered: messages sent a second.
+        answered: responses a second, from the first message to the last response.
+        p50, p95, p99: seconds from when a message is sent to its response.
+    """
+
+    offered: float
+    answered: float
+    p50: float
+    p95: float
+    p99: float
+
+
+def simulate_stream(
+    times: BundleTimes, arrived: Sequence[float], workers: int = 1, random_state: int = 0
+) -> Simulated:
+    """What becomes of messages that arrive at given times, in seconds and in order, with so many workers."""
+    draw = times.draw(random_state)
+    return simulate(
+        arrived,
+        lambda places: draw(len(places)),
+        workers=workers,
+        most=times.most,
+        per_arrival=times.per_arrival / workers,
+    )
+
+
+def predict_rates(
+    times: BundleTimes, rates: Sequence[float], *, seconds: float, workers: int = 1, random_state: int = 0
+) -> list[Predicted]:
+    """What `sweep_rates` with the same rates, seconds and random state will find.
+
+    The messages arrive at the very times at which it sends them: what chance does to arrivals is then in
+    both, and what differs is the prediction's own error.
+
+    Raises:
+        ValueError: a rate that cannot be, or that sends nothing in so short a time.
+    """
+    found = []
+    for rate in rates:
+        arrived = poisson_arrivals([Phase(rate, seconds)], random_state)
+        if not arrived:
+            raise ValueError(f"at {rate:g} messages a second, none comes in {seconds:g} s: send for longer.")
+        found.append(_predicted(len(arrived) / seconds, times, arrived, workers))
+    return found
+
+
+def predict_points(times: BundleTimes, points: Sequence[Point], workers: int = 1) -> list[Predicted]:
+    """The same for what has been measured: each point's messages, at the times at which they were sent.
+
+    Raises:
+        ValueError: a point without records, as one that was read from a file.
+    """
+    found = []
+    for point in points:
+        if not point.records.messages:
+            raise ValueError(
+                "a point without its records cannot be predicted: its arrival times are not known."
+            )
+        arrived = [one.intended for one in point.records.messages]
+        found.append(_predicted(point.offered, times, arrived, workers))
+    return found
+
+
+def _predicted(offered: float, times: BundleTimes, arrived: Sequence[float], workers: int) -> Predicted:
+    """Medians of several runs: single bundles vary at random, and the arrivals do not."""
+    runs = [simulate_stream(times, arrived, workers, random_state) for random_state in range(DRAWS)]
+    latencies = (statistics.median(run.latency(share) for run in runs) for share in (0.5, 0.95, 0.99))
+    return Predicted(offered, statistics.median(run.rate for run in runs), *latencies)
+
+
+def predicted_curve(times: BundleTimes, count: int = 24) -> list[Predicted]:
+    """What to expect in the long run, from one message in four seconds to nearly the most: for a plot."""
+    most = 0.95 * most_rate(times)
+    least = min(0.25, most / 10)
+    rates = [least * (most / least) ** (place / (count - 1)) for place in range(count)]
+    return [predict_rates(times, [rate], seconds=CURVE_MESSAGES / rate)[0] for rate in rates]
+
+
+def most_rate(times: BundleTimes, workers: int = 1) -> float:
+    """The most messages a second that the workers answer: a queue that grows fills each bundle. At that rate
+    as many arrive while a bundle is answered."""
+    return workers * times.most / (times.seconds(times.most) + times.per_arrival * times.most)
+
+
+def highest_rate(times: BundleTimes, seconds: float, workers: int = 1) -> float:
+    """The highest rate, in messages a second, at which 95 of 100 messages are answered within a time.
+
+    Found by halving, to a hundredth; 0 if a message alone takes longer.
+
+    Raises:
+        ValueError: a time that cannot be.
+    """
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"a latency of {seconds!r} s cannot be kept: give a number above 0.")
+    low, high = 0.0, most_rate(times, workers)
+    if times.seconds(1) > seconds:
+        return 0.0
+    while high - low > 0.01 * high:
+        rate = (low + high) / 2
+        arrived = poisson_arrivals([Phase(rate, MESSAGES / rate)], random_state=1)
+        if simulate_stream(times, arrived, workers).latency(0.95) <= seconds:
+            low = rate
+        else:
+            high = rate
+    return low
