@@ -193,18 +193,13 @@ def latencies(seconds: Sequence[float], *, xlabel: str, ylabel: str) -> Axes:
 
 
 def latency_against_rate(
-    measured: Sequence[Point],
-    predicted: Sequence[Predicted] = (),
-    *,
-    label: str = "measured",
-    at: float = 0.0,
+    measured: Sequence[Point], predicted: Sequence[Predicted] = (), *, at: float = 0.0
 ) -> Axes:
     """Latency against the offered rate: predicted as lines, measured as marks, the knee as a vertical line.
 
     Args:
         measured: a running job at several rates.
         predicted: at rates near enough to each other for a line.
-        label: what the measured points are.
         at: where the knee is, in messages a second; 0 for no mark.
     """
     axes = new_axes(height=3.6)
@@ -227,7 +222,7 @@ def latency_against_rate(
             mark,
             color=shade,
             markeredgecolor=EDGE,
-            label=f"{name}, {label}",
+            label=f"{name}, measured",
         )
     if at:
         axes.axvline(at, color="#888888", linewidth=0.8)
@@ -235,10 +230,10 @@ def latency_against_rate(
             "knee", (at, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4), ha="right", va="top",
             textcoords="offset points", color=EDGE,
         )  # fmt: skip
-    _log_with_plain_numbers(axes, "xy")
+    _log_with_plain_numbers(axes)
     axes.set(xlabel="messages sent a second", ylabel="seconds until\nthe response")
     axes.grid(color="#eeeeee")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend_beside(axes)
     return axes
 
 
@@ -252,10 +247,10 @@ def bundle_times(ways: Mapping[str, BundleTimes]) -> Axes:
     marks = ("o-", "s--", "^:", "D-.", "v-", "P--")
     for (name, times), mark in zip(ways.items(), marks, strict=False):
         axes.plot(times.sizes, times.times, mark, markersize=5, markeredgecolor=EDGE, label=name)
-    _log_with_plain_numbers(axes, "xy")
+    _log_with_plain_numbers(axes)
     axes.set(xlabel="messages answered together", ylabel="seconds")
     axes.grid(color="#eeeeee")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend_beside(axes)
     return axes
 
 
@@ -277,17 +272,20 @@ def backlog(measured: Records, predicted: Simulated, *, burst: tuple[float, floa
     )
     axes.plot(times, [measured.waiting_at(when) for when in times], color=SHADES[1][0], label="measured")
     axes.set(xlabel="seconds", ylabel="messages that\nwait", ylim=(0, None), xlim=(0, end))
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend_beside(axes)
     return axes
 
 
-def _log_with_plain_numbers(axes: Axes, which: str) -> None:
-    """Logarithmic axes whose numbers are written out: 0.5 and 20, not powers of ten."""
+def _legend_beside(axes: Axes) -> None:
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _log_with_plain_numbers(axes: Axes) -> None:
+    """Makes both axes logarithmic, with their numbers written out: 0.5 and 20, not powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for name in which:
-        axis = getattr(axes, f"{name}axis")
-        axis.axes.set(**{f"{name}scale": "log"})
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())

@@ -311,7 +311,9 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="llama.cpp and OpenVINO too")
     parser.add_argument("--hold-avx2", action="store_true", help="hold libraries to AVX2, as on an older CPU")
     arguments = parser.parse_args()
-    kind = "held-to-AVX2" if arguments.hold_avx2 else kind_of_cpu()
+    kind = kind_of_cpu()
+    if arguments.hold_avx2 and kind != "ARM":
+        kind = "held-to-AVX2"
     file = arguments.out / f"{kind}.json"
     result = json.loads(file.read_text()) if file.is_file() else {}
     result |= {"kind": kind, "cpu": cpu_name(), "threads": THREADS}

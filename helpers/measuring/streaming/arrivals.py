@@ -60,6 +60,18 @@ def poisson_arrivals(phases: Sequence[Phase], random_state: int = 0) -> list[flo
     return times
 
 
+def steady_arrivals(rate: float, seconds: float, random_state: int = 0) -> list[float]:
+    """The times of a Poisson process at one rate, of which there is at least one.
+
+    Raises:
+        ValueError: a rate or a time that cannot be, or so little of both that no message comes.
+    """
+    times = poisson_arrivals([Phase(rate, seconds)], random_state)
+    if not times:
+        raise ValueError(f"at {rate:g} messages a second, none comes in {seconds:g} s: send for longer.")
+    return times
+
+
 def volleys(sizes: Sequence[int], seconds_apart: float) -> list[float]:
     """The times of messages that are sent together, so many at once: to warm a job up, for instance.
 

@@ -157,7 +157,7 @@ def _seen(records: Records, together: float) -> list[_Bundle]:
         if done > began:
             own = sum(one.sent > began for one in bundle)
             arrivals = bisect_right(sent, done) - bisect_right(sent, began) - own
-            found.append(_Bundle(len(bundle), done - began, max(0, arrivals)))
+            found.append(_Bundle(len(bundle), done - began, arrivals))
         before = done
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from helpers.measuring.streaming.arrivals import Phase, poisson_arrivals
+from helpers.measuring.streaming.arrivals import steady_arrivals
 from helpers.measuring.streaming.bundle_times import BundleTimes
 from helpers.measuring.streaming.queueing import Simulated, simulate
 
@@ -66,9 +66,7 @@ def predict_rates(
     """
     found = []
     for rate in rates:
-        arrived = poisson_arrivals([Phase(rate, seconds)], random_state)
-        if not arrived:
-            raise ValueError(f"at {rate:g} messages a second, none comes in {seconds:g} s: send for longer.")
+        arrived = steady_arrivals(rate, seconds, random_state)
         found.append(_predicted(len(arrived) / seconds, times, arrived, workers))
     return found
 
@@ -126,7 +124,7 @@ def highest_rate(times: BundleTimes, seconds: float, workers: int = 1) -> float:
         return 0.0
     while high - low > 0.01 * high:
         rate = (low + high) / 2
-        arrived = poisson_arrivals([Phase(rate, MESSAGES / rate)], random_state=1)
+        arrived = steady_arrivals(rate, MESSAGES / rate, random_state=1)
         if simulate_stream(times, arrived, workers).latency(0.95) <= seconds:
             low = rate
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from helpers import pubsub
@@ -42,7 +42,6 @@ def measure_changes(
     rates: Sequence[float],
     seconds: float,
     responses_topic: str,
-    on_change: Callable[[str], object] = lambda label: None,
     **load: Any,
 ) -> tuple[Job, dict[str, BundleTimes]]:
     """Updates a running job with each change in turn, and measures its bundle times.
@@ -54,7 +53,6 @@ def measure_changes(
         rates: messages a second, one that the job keeps up with and one that it does not.
         seconds: how long to send at each.
         responses_topic: the path of the topic that responses are published to.
-        on_change: called with the label of a change before it is made.
         load: `topic`, `prompts`, `responses` and `dead_letters`, as for `sweep_rates`.
 
     Returns:
@@ -68,12 +66,10 @@ def measure_changes(
 
     found = {}
     for change in changes:
-        label = label_of(change)
-        on_change(label)
         job = update(job, **{**arguments, **change})
         pubsub.ask(load["topic"], responses_topic, load["prompts"][:1])  # the model is loaded for it
         warm_up(**load)
-        found[label] = measured_bundle_times(sweep_rates(job, rates, seconds=seconds, **load))
+        found[label_of(change)] = measured_bundle_times(sweep_rates(job, rates, seconds=seconds, **load))
     return job, found
 
 

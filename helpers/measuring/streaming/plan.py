@@ -15,6 +15,7 @@ from typing import Any
 
 from helpers.measuring.streaming.arrivals import Phase, poisson_arrivals
 from helpers.measuring.streaming.bundle_times import BundleTimes
+from helpers.measuring.streaming.changes import label_of
 from helpers.measuring.streaming.queueing import percentile, simulate
 from helpers.measuring.streaming.service_time import ServiceTime
 from helpers.model_handler.options import AnsweringOptions
@@ -161,10 +162,9 @@ class Plan:
     def rows(self) -> list[dict[str, Any]]:
         """For a table."""
         burst = "–" if self.peak_latency is None else f"{self.peak_latency:.2f} s"
-        options = ", ".join(f"{name} = {value}" for name, value in self.options.items())
         values = {
             "machine": self.machine_type,
-            "answering options": options,
+            "answering options": label_of(self.options),
             "workers, at least": self.least_workers,
             "workers, at most": self.most_workers,
             "95 % within, at the mean rate": f"{self.latency:.2f} s",

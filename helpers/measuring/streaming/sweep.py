@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from helpers.measuring.streaming.arrivals import Phase, poisson_arrivals
+from helpers.measuring.streaming.arrivals import steady_arrivals
 from helpers.measuring.streaming.load import Records, send_load
 
 if TYPE_CHECKING:
@@ -110,9 +110,7 @@ def sweep_rates(
     """
     if list(rates) != sorted(set(rates)):
         raise ValueError("give the rates in order, the lowest first, and each once.")
-    plans = [poisson_arrivals([Phase(rate, seconds)], random_state) for rate in rates]
-    if empty := [rate for rate, times in zip(rates, plans, strict=True) if not times]:
-        raise ValueError(f"at {empty[0]:g} messages a second, none comes in {seconds:g} s: send for longer.")
+    plans = [steady_arrivals(rate, seconds, random_state) for rate in rates]
     points = []
     for times in plans:
         before = _counted(job)
