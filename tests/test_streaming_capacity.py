@@ -139,6 +139,32 @@ def test_what_arrivals_cost_is_found_again():
         simulate([0.0], seconds_of, per_arrival=-1.0)
 
 
+def test_the_turnaround_is_found_again():
+    """Messages that come within 60 ms after the answers of a bundle are in the next one."""
+    runs = []
+    for rate in (2.0, 8.0, 20.0):
+        arrived = poisson_arrivals([Phase(rate, 60)], random_state=13)
+        answered = simulate(arrived, seconds_of, most=32, turnaround=0.06).answered
+        messages = [Record(when, when, then) for when, then in zip(arrived, answered, strict=True)]
+        runs.append(Records(messages, 0))
+    found = measured_bundle_times(runs)
+    assert found.turnaround == pytest.approx(0.06, abs=0.01)
+    for size in (1, 2, 12):
+        assert found.seconds(size) == pytest.approx(seconds_of(range(size)), rel=0.05), size
+    assert most_rate(replace(found, turnaround=0.5)) < most_rate(found)
+    # A worker that turns round at once is seen to.
+    assert measured_bundle_times([Records(run(8.0, 60, 13), 0)]).turnaround == pytest.approx(0.0, abs=0.005)
+    with pytest.raises(ValueError, match="turn round"):
+        simulate([0.0], seconds_of, turnaround=-1.0)
+
+
+def test_a_message_that_comes_in_the_turnaround_is_in_the_next_bundle():
+    # The first is answered at 1.0; the second, at 1.05, goes with the one that waited since 0.5.
+    found = simulate([0.0, 0.5, 1.05, 1.2], lambda places: 1.0, most=8, turnaround=0.1)
+    assert found.answered == pytest.approx([1.0, 2.1, 2.1, 3.2])
+    assert found.bundles == [1, 2, 1]
+
+
 def test_single_bundles_vary_as_they_did():
     # Of twenty, one took three times as long.
     messages = [Record(float(n), float(n), n + (0.6 if n % 20 == 0 else 0.2)) for n in range(400)]

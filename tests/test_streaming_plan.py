@@ -67,6 +67,10 @@ def test_a_running_streams_times_make_a_plan_too():
     arguments = found.arguments()
     assert arguments["engine"] == "ctranslate2"
     assert f"--dataflow_service_options=min_num_workers={found.least_workers}" in arguments["beam_options"]
+    # Turning round is part of the cycle.
+    slower = Candidate("small", replace(times, turnaround=0.74), 0.10)
+    turning = make_plan(demand(rate=40.0), [slower])
+    assert turning.load * turning.least_workers == pytest.approx(40 * 1.48 / 64)
     # Twice the tokens take twice the time.
     longer = make_plan(demand(rate=40.0, response_tokens=32), [stream])
     assert longer.load * longer.least_workers == pytest.approx(2 * found.load * found.least_workers)

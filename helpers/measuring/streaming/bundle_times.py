@@ -1,17 +1,19 @@
 """How long a running stream takes for a bundle of messages, seen from outside: from when answers arrive.
 
 What a job counts of its batches leaves out what is around them: reading, Beam's own work, publishing. The
-answers of a bundle come out together, so each group of answers is a bundle, and it began when the one before
-was done, or when its first message arrived. The times are kept as they are, by size, and read between: no
-formula is put on them, but for one number: how much longer a bundle takes for each message that arrives
-meanwhile. Where the machine that computes also sends, stores and delivers the messages, as on the local
-cloud, that is some milliseconds, and a bundle of the same size takes longer the more is sent.
+answers of a bundle come out together, so each group of answers is a bundle. It began when its first message
+arrived, or a little after the bundle before was done: how long after is seen from which messages it has,
+since what comes in that turnaround is still taken along. The times are kept as they are, by size, and read
+between: no formula is put on them, but for one number: how much longer a bundle takes for each message that
+arrives meanwhile. Where the machine that computes also sends, stores and delivers the messages, as on the
+local cloud, that is some milliseconds, and a bundle of the same size takes longer the more is sent.
 
 This holds for one worker that takes one bundle after the other; with several, bundles overlap.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from bisect import bisect_left, bisect_right
@@ -28,6 +30,7 @@ TOGETHER_SECONDS = 0.03
 """Answers that arrive within so short a time belong together."""
 
 SPREAD = 20  # factors
+MOST_TURNAROUND = 0.5  # seconds
 PER_ARRIVAL = [0.0005 * step for step in range(41)]  # seconds: those that are tried
 
 RESPONSE_TOKENS = "response_tokens"
@@ -47,6 +50,7 @@ class BundleTimes:
         computing: the share of the time in which the model computed, 0 to 1; the rest is around it.
         per_arrival: the seconds that a bundle takes longer for each message that arrives meanwhile; not in
             `times`.
+        turnaround: the seconds from when the answers of a bundle are out until the next bundle is taken.
         spread: how much longer or shorter single bundles took, as factors that are equally likely.
 
     Raises:
@@ -59,6 +63,7 @@ class BundleTimes:
     response_tokens: float = 0.0
     computing: float = 1.0
     per_arrival: float = 0.0
+    turnaround: float = 0.0
     spread: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
@@ -70,7 +75,7 @@ class BundleTimes:
         if (
             min(*self.times, *self.spread) <= 0
             or min(self.sizes[0], self.most) < 1
-            or self.per_arrival < 0
+            or min(self.per_arrival, self.turnaround) < 0
             or not 0 <= self.computing <= 1
         ):
             raise ValueError(f"{self} cannot be.")
@@ -115,7 +120,11 @@ def measured_bundle_times(runs: Sequence[Point | Records], together: float = TOG
         ValueError: nothing was answered.
     """
     every = [one if isinstance(one, Records) else one.records for one in runs]
-    seen_in = [_seen(records, together) for records in every]
+    bundles_in = [_bundles(records.messages, together) for records in every]
+    turnaround = _turnaround(every, bundles_in)
+    seen_in = [
+        _seen(records, bundles, turnaround) for records, bundles in zip(every, bundles_in, strict=True)
+    ]
     seen = [bundle for bundles in seen_in for bundle in bundles]
     if not seen:
         raise ValueError("no message was answered, so there are no bundles: see whether the job runs.")
@@ -133,6 +142,7 @@ def measured_bundle_times(runs: Sequence[Point | Records], together: float = TOG
     factors = [one.seconds / _expected(found, one) for one in seen]
     return replace(
         found,
+        turnaround=turnaround,
         response_tokens=statistics.fmean(tokens) if tokens else 0.0,
         computing=min(computed / busy, 1.0) if computed and busy else 1.0,
         spread=tuple(statistics.quantiles(factors, n=SPREAD + 1, method="inclusive"))
@@ -148,17 +158,36 @@ class _Bundle:
     arrivals: int  # of other messages, while it was answered
 
 
-def _seen(records: Records, together: float) -> list[_Bundle]:
+def _turnaround(every: Sequence[Records], bundles_in: Sequence[list[list[Record]]]) -> float:
+    """The time after a bundle that tells best, of the messages that come while others wait already, which are
+    in the next bundle and which are not."""
+    taken, left = [], []
+    for records, bundles in zip(every, bundles_in, strict=True):
+        for before, bundle in itertools.pairwise(bundles):
+            done = max(one.answered for one in before)
+            if min(one.sent for one in bundle) > done:
+                continue  # nothing waited
+            inside = {id(one) for one in bundle}
+            came = [one for one in records.messages if done < one.sent <= done + MOST_TURNAROUND]
+            taken += [one.sent - done for one in came if id(one) in inside]
+            left += [one.sent - done for one in came if id(one) not in inside]
+    return min(
+        (0.0, *sorted(taken)),
+        key=lambda seconds: sum(one > seconds for one in taken) + sum(one <= seconds for one in left),
+    )
+
+
+def _seen(records: Records, bundles: list[list[Record]], turnaround: float) -> list[_Bundle]:
     sent = sorted(one.sent for one in records.messages)
-    found, before = [], 0.0
-    for bundle in _bundles(records.messages, together):
+    found, free = [], 0.0
+    for bundle in bundles:
         done = max(one.answered for one in bundle)
-        began = max(before, min(one.sent for one in bundle))
+        began = max(free, min(one.sent for one in bundle))
         if done > began:
             own = sum(one.sent > began for one in bundle)
             arrivals = bisect_right(sent, done) - bisect_right(sent, began) - own
             found.append(_Bundle(len(bundle), done - began, arrivals))
-        before = done
+        free = done + turnaround
     return found
 
 

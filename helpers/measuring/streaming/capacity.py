@@ -50,6 +50,7 @@ def simulate_stream(
         workers=workers,
         most=times.most,
         per_arrival=times.per_arrival / workers,
+        turnaround=times.turnaround,
     )
 
 
@@ -106,7 +107,8 @@ def predicted_curve(times: BundleTimes, count: int = 24) -> list[Predicted]:
 def most_rate(times: BundleTimes, workers: int = 1) -> float:
     """The most messages a second that the workers answer: a queue that grows fills each bundle. At that rate
     as many arrive while a bundle is answered."""
-    return workers * times.most / (times.seconds(times.most) + times.per_arrival * times.most)
+    cycle = times.seconds(times.most) + times.per_arrival * times.most + times.turnaround
+    return workers * times.most / cycle
 
 
 def highest_rate(times: BundleTimes, seconds: float, workers: int = 1) -> float:

@@ -97,6 +97,11 @@ class Candidate:
             return self.service_time.seconds(count, demand.response_tokens)
         return self.service_time.seconds([demand.prompt_tokens] * count, [demand.response_tokens] * count)
 
+    @property
+    def turnaround(self) -> float:
+        """The seconds from the answers of a bundle to taking the next one, where that is known."""
+        return self.service_time.turnaround if isinstance(self.service_time, BundleTimes) else 0.0
+
     def draw(self, demand: Demand) -> Callable[[int], float]:
         """How long it may take: as `seconds`, with the spread that was measured, if there is one."""
         if isinstance(self.service_time, BundleTimes):
@@ -237,12 +242,19 @@ def _plan_for(demand: Demand, candidate: Candidate, batch_size: int, at_once: in
         """The latency of what arrives in a time."""
         draw = candidate.draw(demand)
         # What arrivals cost is left out: workers on Dataflow do not deliver the messages.
-        found = simulate(times, lambda places: draw(len(places)), workers=workers, most=at_once)
+        found = simulate(
+            times,
+            lambda places: draw(len(places)),
+            workers=workers,
+            most=at_once,
+            turnaround=candidate.turnaround,
+        )
         pairs = zip(found.arrived, found.latencies, strict=True)
         chosen = [latency for when, latency in pairs if begin <= when < end]
         return _Trial(workers, percentile(chosen, 0.95) if chosen else 0.0, found.busy)
 
-    most_of_one = at_once / candidate.seconds(at_once, demand)  # messages a second, in full batches
+    # Messages a second, in full batches.
+    most_of_one = at_once / (candidate.seconds(at_once, demand) + candidate.turnaround)
     steady = poisson_arrivals([Phase(demand.rate, MESSAGES / demand.rate)], random_state=1)
     least = _fewest(
         range(1, most_workers + 1),

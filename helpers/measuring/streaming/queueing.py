@@ -80,6 +80,7 @@ def simulate(
     workers: int = 1,
     most: int = 32,
     per_arrival: float = 0.0,
+    turnaround: float = 0.0,
 ) -> Simulated:
     """Simulates a queue.
 
@@ -90,12 +91,14 @@ def simulate(
         most: the most messages in a bundle.
         per_arrival: how many seconds a bundle takes longer for each message that arrives meanwhile, where the
             workers' machine also delivers the messages.
+        turnaround: how many seconds a worker needs, once the answers of a bundle are out, before it takes the
+            next one; messages that arrive meanwhile are in that one.
 
     Raises:
         ValueError: numbers that make no sense.
     """
-    if not 0 <= per_arrival < math.inf:
-        raise ValueError(f"{per_arrival} s for each arrival: give 0 or more.")
+    if not (0 <= per_arrival < math.inf and 0 <= turnaround < math.inf):
+        raise ValueError(f"{per_arrival} s for each arrival, {turnaround} s to turn round: give 0 or more.")
     if workers < 1 or most < 1:
         raise ValueError(f"{workers} workers with {most} messages at once: give at least one of each.")
     if any(later < earlier for earlier, later in itertools.pairwise(arrived)):
@@ -117,7 +120,7 @@ def simulate(
             seconds = _with_arrivals(arrived, begin, seconds, per_arrival)
         for place in range(first, last):
             answered[place] = begin + seconds
-        heapq.heappush(free, (begin + seconds, worker))
+        heapq.heappush(free, (begin + seconds + turnaround, worker))
         bundles.append(last - first)
         worked += seconds
         first = last
