@@ -130,15 +130,15 @@ def race(
         first = contestants[0].name
         for workload, prompts in workloads.items():
             rates, tokens = {}, {}
-            for _ in range(ROUNDS if len(prompts) <= 32 else 1):
+            for _ in range(ROUNDS if len(prompts) <= 128 else 1):
                 for one in contestants:
                     answer = one.ask(prompts, new_tokens)
                     count = sum(map(len, answer["tokens"]))
                     rates.setdefault(one.name, []).append(count / answer["seconds"])
                     tokens[one.name] = answer["tokens"]
                     results[one.name]["peak_bytes"] = answer["peak_bytes"]
-                    if answer["gpu_peak_bytes"]:
-                        results[one.name]["gpu_peak_bytes"] = answer["gpu_peak_bytes"]
+                    if answer["gpu_bytes"]:
+                        results[one.name]["gpu_bytes"] = answer["gpu_bytes"]
             for name, values in rates.items():
                 results[name]["tokens_per_second"][workload] = statistics.median(values)
                 same = sum(ours == theirs for ours, theirs in zip(tokens[name], tokens[first], strict=True))

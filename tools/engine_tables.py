@@ -17,8 +17,10 @@ SECTIONS = {
     "causal": "SmolLM2-135M-Instruct, up to 32 new tokens",
     "t5": "random weights of flan-t5-large's shape, 16 new tokens",
     "prefix": "SmolLM2-135M-Instruct with a long system prompt, up to 32 new tokens",
-    "gpu": "random weights of flan-t5-large's shape, up to 32 new tokens",
-    "gpu alone": "the same shape, with others",
+    "gpu flan-t5-large": "random weights of flan-t5-large's shape, up to 32 new tokens",
+    "gpu flan-t5-large alone": "the same shape, on another machine of this kind",
+    "gpu flan-t5-xl": "random weights of flan-t5-xl's shape, up to 32 new tokens",
+    "gpu SmolLM2-1.7B": "random weights of SmolLM2-1.7B's shape, up to 32 new tokens",
 }
 KINDS = {
     "AVX512-BF16": "CPU with AVX512-BF16, without AMX",
@@ -63,7 +65,7 @@ def _table(title: str, result: dict, section: dict) -> str:
     ]
     for name, values in contestants.items():
         rates = " | ".join(_rate(values["tokens_per_second"][one]) for one in workloads)
-        size = values.get("gpu_peak_bytes") if "torch" in result else values["peak_bytes"]
+        size = values.get("gpu_bytes") if "torch" in result else values["peak_bytes"]
         memory = f"{size / 1e9:.2f} GB" if size else "not measured"
         lines.append(f"| {_named(name, values)} | {rates} | {memory} | {values['equal_tokens'][last]:.0%} |")
     return "\n".join([*lines, ""])

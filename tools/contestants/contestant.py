@@ -27,11 +27,20 @@ def peak_bytes() -> int:
         return 0
 
 
-def gpu_peak_bytes() -> int | None:
-    """The most memory that torch has taken of a GPU; None where torch does not compute on one."""
-    torch = sys.modules.get("torch")
-    on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.cuda.max_memory_reserved() if on_gpu else None
+def gpu_bytes() -> int | None:
+    """The memory that this process has of a GPU, its CUDA context included; None where it has none.
+
+    Whatever has computed keeps what it took, so that this is about the most that it had. The driver is asked,
+    since torch knows nothing of what others take.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    except Exception:  # no GPU, or not NVIDIA's
+        return None
+    return next((process.usedGpuMemory for process in running if process.pid == os.getpid()), None)
 
 
 def answer_requests(load: Callable[[], tuple[Generate, dict]]) -> None:
@@ -61,6 +70,6 @@ def answer_requests(load: Callable[[], tuple[Generate, dict]]) -> None:
                 "seconds": seconds,
                 "tokens": tokens,
                 "peak_bytes": peak_bytes(),
-                "gpu_peak_bytes": gpu_peak_bytes(),
+                "gpu_bytes": gpu_bytes(),
             }
         )

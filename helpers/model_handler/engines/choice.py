@@ -3,8 +3,8 @@
 The rule of `auto`: a GPU that computes in bfloat16 uses CTranslate2 where its libraries are there, and a CPU
 that does uses torch; an x86 CPU that does not, or is to compute in float32, uses CTranslate2. Models that
 CTranslate2 does not take use torch. The tables that this rests on are in `docs/engines.md`, measured with
-`make bench-engines` and, on an H100, with `tools/bench_gpu.py`. Nothing was measured on CPUs with AMX, on
-those with AVX512 and no bfloat16, on ARM or on other GPUs: there, the rule is only carried over.
+`make bench-engines` and, on an H100 and an H200, with `tools/bench_gpu.py`. Nothing was measured on CPUs with
+AMX, on those with AVX512 and no bfloat16, on ARM or on other GPUs: there, the rule is only carried over.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ LEAST_DEVIATION = 0.1
 
 STEP_ROWS = {"cpu": 16, "cuda": 4096}
 """What a step costs besides its rows, in rows. Measured with SmolLM2-135M in float32 on two cores with
-AVX512-BF16: some 8 on an idle machine, and up to 38 on a busy one. On an H100, a step of 128 rows takes 1.5
-times as long as one of a single row."""
+AVX512-BF16: some 8 on an idle machine, and up to 38 on a busy one. On an H100 and an H200, a step of 128 rows
+takes 1.2 to 1.5 times as long as one of a single row: prompts of 20 to 59 tokens take longer when divided."""
 
 MOST_UNTIMED_STEPS = 16
 """The most steps in which a group's longer prompts are read while there is a limit of time: CTranslate2 asks
