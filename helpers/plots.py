@@ -195,12 +195,13 @@ def latencies(seconds: Sequence[float], *, xlabel: str, ylabel: str) -> Axes:
 def latency_against_rate(
     measured: Sequence[Point], predicted: Sequence[Predicted] = (), *, at: float = 0.0
 ) -> Axes:
-    """Latency against the offered rate: predicted as lines, measured as marks, the knee as a vertical line.
+    """Latency against the offered rate: predicted as lines, measured as marks, and the highest rate that was
+    kept up with as a vertical line.
 
     Args:
         measured: a running job at several rates.
         predicted: at rates near enough to each other for a line.
-        at: where the knee is, in messages a second; 0 for no mark.
+        at: the rate of that line, in messages a second; 0 for none.
     """
     axes = new_axes(height=3.6)
     for name, (shade, _), mark, style in (
@@ -227,8 +228,8 @@ def latency_against_rate(
     if at:
         axes.axvline(at, color="#888888", linewidth=0.8)
         axes.annotate(
-            "knee", (at, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4), ha="right", va="top",
-            textcoords="offset points", color=EDGE,
+            "kept up with", (at, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
+            textcoords="offset points", ha="right", va="top", color=EDGE,
         )  # fmt: skip
     _log_with_plain_numbers(axes)
     axes.set(xlabel="messages sent a second", ylabel="seconds until\nthe response")

@@ -14,9 +14,11 @@ from helpers.measuring.streaming import (
     Record,
     Records,
     Result,
+    compare,
     highest_rate,
     measured_bundle_times,
     most_rate,
+    off_by,
     poisson_arrivals,
     predict_points,
     predict_rates,
@@ -139,19 +141,22 @@ def test_what_arrivals_cost_is_found_again():
         simulate([0.0], seconds_of, per_arrival=-1.0)
 
 
+def turning(rate: float, seconds: float) -> list[Record]:
+    """A stream whose worker takes the next bundle 60 ms after the answers of the one before."""
+    arrived = poisson_arrivals([Phase(rate, seconds)], random_state=13)
+    answered = simulate(arrived, seconds_of, most=32, turnaround=0.06).answered
+    return [Record(when, when, then) for when, then in zip(arrived, answered, strict=True)]
+
+
 def test_the_turnaround_is_found_again():
-    """Messages that come within 60 ms after the answers of a bundle are in the next one."""
-    runs = []
-    for rate in (2.0, 8.0, 20.0):
-        arrived = poisson_arrivals([Phase(rate, 60)], random_state=13)
-        answered = simulate(arrived, seconds_of, most=32, turnaround=0.06).answered
-        messages = [Record(when, when, then) for when, then in zip(arrived, answered, strict=True)]
-        runs.append(Records(messages, 0))
+    runs = [Records(turning(rate, 60), 0) for rate in (2.0, 8.0, 20.0)]
     found = measured_bundle_times(runs)
     assert found.turnaround == pytest.approx(0.06, abs=0.01)
     for size in (1, 2, 12):
         assert found.seconds(size) == pytest.approx(seconds_of(range(size)), rel=0.05), size
     assert most_rate(replace(found, turnaround=0.5)) < most_rate(found)
+    # What a full bundle leaves behind says nothing of when the next is taken.
+    assert measured_bundle_times([*runs, Records(turning(90.0, 15), 0)]).turnaround == found.turnaround
     # A worker that turns round at once is seen to.
     assert measured_bundle_times([Records(run(8.0, 60, 13), 0)]).turnaround == pytest.approx(0.0, abs=0.005)
     with pytest.raises(ValueError, match="turn round"):
@@ -203,6 +208,40 @@ def test_a_target_below_the_time_of_one_message_is_kept_at_no_rate():
             highest_rate(times, nonsense)
 
 
+def test_a_target_that_the_median_keeps_but_not_the_slowest_is_kept_at_no_rate():
+    times = BundleTimes((1.0,), (0.1,), most=1, spread=(0.5, 1.0, 1.0, 3.0))
+    assert highest_rate(times, 0.2) == 0
+    assert highest_rate(times, 0.8) > 0
+
+
+def test_dead_letters_are_neither_answers_nor_bundles():
+    dead = [Record(float(n), float(n), n + 0.01, is_dead=True) for n in range(20)]
+    alive = [Record(n + 0.3, n + 0.3, n + 0.8) for n in range(20)]
+    with pytest.raises(ValueError, match="no message was answered"):
+        measured_bundle_times([Records(dead, 0)])
+    both = sorted([*dead, *alive], key=lambda one: one.sent)
+    assert measured_bundle_times([Records(both, 0)]).seconds(1) == pytest.approx(0.5)
+    refused = point(dead, offered=1.0, published=20, dead_letters=20)
+    assert not refused.keeps_up
+    assert not point([Record(0.0, 0.0)], offered=1.0, published=1, waiting=1).keeps_up
+
+
+def test_predictions_stand_beside_what_was_measured(measured):
+    points = [point(run(rate, 30, 4), offered=rate, answered=rate, p95=1.0) for rate in (2.0, 9.0)]
+    rows = compare(predict_rates(measured, [2.0, 9.0, 20.0], seconds=30), points)
+    assert [row["messages a second"] for row in rows] == [2.0, 9.0], "the sweep ended early"
+    assert rows[0]["p95, off by"] == off_by(rows[0]["p95 (s), predicted"], 1.0)
+    assert [
+        off_by(*pair) for pair in ((1.1, 1.0), (0.5, 1.0), (1.0, math.inf), (math.inf, 1.0), (1.0, 0))
+    ] == [
+        "+10%",
+        "-50%",
+        "–",
+        "–",
+        "–",
+    ]
+
+
 def test_the_curve_rises_to_nearly_the_most(measured):
     curve = predicted_curve(measured)
     assert curve[-1].offered == pytest.approx(0.95 * most_rate(measured), rel=0.1)
@@ -216,6 +255,16 @@ def test_what_cannot_be_is_refused(measured):
     for sizes, times in (((), ()), ((1,), (0.1, 0.2)), ((2, 1), (0.1, 0.2)), ((1,), (0.0,)), ((0,), (1.0,))):
         with pytest.raises(ValueError):
             BundleTimes(sizes, times, most=1)
+    for wrong in (
+        {"times": (math.nan,)},
+        {"spread": (math.nan,)},
+        {"spread": ()},
+        {"per_arrival": math.nan},
+        {"turnaround": math.inf},
+        {"most": 0},
+    ):
+        with pytest.raises(ValueError):
+            BundleTimes(**{"sizes": (1,), "times": (0.1,), "most": 1} | wrong)
     with pytest.raises(ValueError, match="send for longer"):
         predict_rates(measured, [0.001], seconds=1)
     for sizes, apart in (([0], 1), ([1], 0), ([1], math.nan)):

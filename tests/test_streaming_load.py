@@ -9,19 +9,24 @@ import pytest
 from google.api_core.exceptions import ServiceUnavailable
 from google.cloud import pubsub_v1
 
-from helpers import pubsub
+from helpers import dataflow, pubsub
 from helpers.dataflow import Distribution
 from helpers.measuring.__main__ import main
 from helpers.measuring.streaming import (
+    NotAnsweredError,
     Phase,
     SendingError,
     SweepError,
     knee,
+    measure_changes,
+    most_rate,
     poisson_arrivals,
     send_load,
     simulate,
     sweep_rates,
+    warm_up,
 )
+from helpers.measuring.streaming import changes as changes_module
 from helpers.measuring.streaming import load as load_module
 
 
@@ -286,3 +291,41 @@ def test_what_cannot_be_sent_is_an_error_that_says_what_to_do(topics, monkeypatc
             send(topics, times, ["Hi"])
     with pytest.raises(ValueError, match="order"):
         send(topics, [1.0, 0.0], ["Hi"])
+
+
+def test_what_a_change_does_to_the_most_that_is_answered_is_found(topics, monkeypatch):
+    """Up to 20 at once, at 0.01 s each and 0.1 s together: 67 a second, or a third of that."""
+    factors = {"fast": 1.0, "slow": 3.0}
+    now = ["fast"]
+    monkeypatch.setattr(changes_module, "WARM_UP", (1, 2, 4))
+    monkeypatch.setattr(dataflow, "update", lambda job, *, speed: now.append(speed) or job)
+    monkeypatch.setattr(pubsub, "ask", lambda *_, **__: ["yes"])  # the stand-in names no prompts
+    load = {
+        "topic": topics["messages"],
+        "prompts": ["Hi"],
+        "responses": topics["responses-subscription"],
+        "dead_letters": topics["dead-subscription"],
+    }
+    with Counting(topics, lambda size: factors[now[-1]] * (0.1 + 0.01 * size), most=20) as job:
+        _, found = measure_changes(
+            job,
+            {},
+            [{"speed": name} for name in ("slow", "fast")],
+            rates=[3.0],
+            seconds=2,
+            flood=60,
+            responses_topic=topics["responses"],
+            **load,
+        )
+    assert most_rate(found["speed = fast"]) == pytest.approx(20 / 0.3, rel=0.25)
+    assert most_rate(found["speed = slow"]) == pytest.approx(20 / 0.9, rel=0.25)
+    # Nobody answers any more.
+    monkeypatch.setattr(changes_module, "WARM_UP_WAIT", 0.5)
+    with pytest.raises(NotAnsweredError, match=r"7 of 7 messages .*job.errors"):
+        warm_up(**load)
+    monkeypatch.setattr(pubsub, "ask", lambda *_, **__: [None])
+    with pytest.raises(NotAnsweredError, match="with speed = slow, the job answers nothing"):
+        measure_changes(
+            job, {}, [{"speed": "slow"}], rates=[3.0], seconds=2, flood=60,
+            responses_topic=topics["responses"], **load,
+        )  # fmt: skip

@@ -12,6 +12,8 @@ SERVICE = ServiceTime(per_batch=0.1, per_prompt_token=0.01 / 32, per_step=0.0, p
 SMALL = Candidate("small", SERVICE, 0.10)
 # Twice as fast, at 2.5 times the price.
 LARGE = Candidate("large", ServiceTime(0.05, 0.005 / 32, 0.0, 0.0), 0.25)
+# A running stream that answers at most 50 messages a second.
+BUNDLES = Candidate("stream", BundleTimes((1.0, 10.0), (0.1, 0.2), most=10, response_tokens=16), 0.10)
 
 
 def demand(**values) -> Demand:
@@ -88,14 +90,23 @@ def test_the_table_says_what_it_costs():
     rows = {row["plan"]: row[""] for row in make_plan(demand(), [SMALL]).rows()}
     assert rows["machine"] == "small"
     assert rows["cost an hour"] == "0.1"
-    assert rows["95 % within, in a burst"] == "–"
+    assert rows["95 % within, in a burst, with all workers"] == "–"
 
 
 def test_a_target_that_no_machine_meets_says_how_near_the_best_comes():
     with pytest.raises(PlanError, match=r"within 0.01 s with up to 100 workers: the best takes 0.055 s"):
         make_plan(demand(seconds=0.01), [SMALL, LARGE])
-    with pytest.raises(PlanError, match="up to 2 workers"):
+    with pytest.raises(PlanError, match="up to 2 workers: the best takes"):
         make_plan(demand(rate=1000.0), [SMALL], most_workers=2)
+    # Nearly all of what two workers answer: fast enough in so short a simulation, and not for long.
+    with pytest.raises(PlanError, match="more than 90% of what any machine answers with up to 2 workers"):
+        make_plan(demand(rate=95.0, seconds=20.0), [BUNDLES], most_workers=2)
+
+
+def test_busy_is_the_time_in_which_the_model_computes():
+    whole = make_plan(demand(), [BUNDLES])
+    half = make_plan(demand(), [replace(BUNDLES, service_time=replace(BUNDLES.service_time, computing=0.5))])
+    assert half.busy == pytest.approx(whole.busy / 2)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,19 @@ What a job counts of its batches leaves out what is around them: reading, Beam's
 answers of a bundle come out together, so each group of answers is a bundle. It began when its first message
 arrived, or a little after the bundle before was done: how long after is seen from which messages it has,
 since what comes in that turnaround is still taken along. The times are kept as they are, by size, and read
-between: no formula is put on them, but for one number: how much longer a bundle takes for each message that
-arrives meanwhile. Where the machine that computes also sends, stores and delivers the messages, as on the
-local cloud, that is some milliseconds, and a bundle of the same size takes longer the more is sent.
+between; no formula is put on them. One more number is fitted: how much longer a bundle takes for each message
+that arrives meanwhile. Where the machine that computes also sends, stores and delivers the messages, as on
+the local cloud, that is some milliseconds, and a bundle of the same size takes longer the more is sent.
 
-This holds for one worker that takes one bundle after the other; with several, bundles overlap.
+This holds for one worker that takes one bundle after the other, and delivers the answers of each within
+`TOGETHER_SECONDS`. Several workers' bundles overlap; bundles that take no longer than that cannot be told
+apart, and seem larger than they are.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 from bisect import bisect_left, bisect_right
@@ -72,10 +75,13 @@ class BundleTimes:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.sizes or len(self.sizes) != len(self.times) or list(self.sizes) != sorted(self.sizes):
             raise ValueError(f"{self.sizes} and {self.times}: give a time for each size, in order.")
+        above_zero = (*self.times, *self.spread)
+        not_below = (self.per_arrival, self.turnaround, self.response_tokens)
         if (
-            min(*self.times, *self.spread) <= 0
-            or min(self.sizes[0], self.most) < 1
-            or min(self.per_arrival, self.turnaround) < 0
+            not self.spread
+            or not all(0 < value < math.inf for value in above_zero)
+            or not all(0 <= value < math.inf for value in not_below)
+            or not all(1 <= value < math.inf for value in (*self.sizes, self.most))
             or not 0 <= self.computing <= 1
         ):
             raise ValueError(f"{self} cannot be.")
@@ -108,19 +114,19 @@ class BundleTimes:
         return lambda size: self.seconds(size, response_tokens) * generator.choice(self.spread)
 
 
-def measured_bundle_times(runs: Sequence[Point | Records], together: float = TOGETHER_SECONDS) -> BundleTimes:
-    """The times of the bundles of several runs.
+def measured_bundle_times(runs: Sequence[Point | Records]) -> BundleTimes:
+    """The times of the bundles of several runs. Dead letters are left out: the model computed nothing for
+    them.
 
     Args:
         runs: as `sweep_rates` and `send_load` give them, from a rate at which messages come alone to one at
             which bundles are full.
-        together: how near answers of a bundle are to each other, in seconds.
 
     Raises:
         ValueError: nothing was answered.
     """
     every = [one if isinstance(one, Records) else one.records for one in runs]
-    bundles_in = [_bundles(records.messages, together) for records in every]
+    bundles_in = [_bundles(records) for records in every]
     turnaround = _turnaround(every, bundles_in)
     seen_in = [
         _seen(records, bundles, turnaround) for records, bundles in zip(every, bundles_in, strict=True)
@@ -167,8 +173,11 @@ def _turnaround(every: Sequence[Records], bundles_in: Sequence[list[list[Record]
             done = max(one.answered for one in before)
             if min(one.sent for one in bundle) > done:
                 continue  # nothing waited
+            last = max(one.answered for one in bundle)
+            if any(one.sent <= done and one.answered > last for one in records.answered):
+                continue  # there was no room for all that waited, let alone for what came
             inside = {id(one) for one in bundle}
-            came = [one for one in records.messages if done < one.sent <= done + MOST_TURNAROUND]
+            came = [one for one in records.answered if done < one.sent <= done + MOST_TURNAROUND]
             taken += [one.sent - done for one in came if id(one) in inside]
             left += [one.sent - done for one in came if id(one) not in inside]
     return min(
@@ -215,11 +224,10 @@ def _error(times: BundleTimes, seen: Sequence[_Bundle]) -> float:
     return statistics.fmean(abs(one.seconds / _expected(times, one) - 1) for one in seen)
 
 
-def _bundles(messages: Sequence[Record], together: float) -> list[list[Record]]:
+def _bundles(records: Records) -> list[list[Record]]:
     found: list[list[Record]] = []
-    answered = [one for one in messages if one.answered is not None]
-    for one in sorted(answered, key=lambda one: one.answered):
-        if found and one.answered - found[-1][-1].answered < together:
+    for one in sorted(records.answered, key=lambda one: one.answered):
+        if found and one.answered - found[-1][-1].answered < TOGETHER_SECONDS:
             found[-1].append(one)
         else:
             found.append([one])

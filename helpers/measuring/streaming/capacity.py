@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MESSAGES = 2000
 """How many messages are simulated to find the highest rate: enough for 100 beyond the 95th percentile."""
 
-CURVE_MESSAGES = 1000
+CURVE_POINTS, CURVE_MESSAGES = 24, 1000
 DRAWS = 9
 
 
@@ -55,7 +55,7 @@ def simulate_stream(
 
 
 def predict_rates(
-    times: BundleTimes, rates: Sequence[float], *, seconds: float, workers: int = 1, random_state: int = 0
+    times: BundleTimes, rates: Sequence[float], *, seconds: float, random_state: int = 0
 ) -> list[Predicted]:
     """What `sweep_rates` with the same rates, seconds and random state will find.
 
@@ -68,12 +68,12 @@ def predict_rates(
     found = []
     for rate in rates:
         arrived = steady_arrivals(rate, seconds, random_state)
-        found.append(_predicted(len(arrived) / seconds, times, arrived, workers))
+        found.append(_predicted(len(arrived) / seconds, times, arrived))
     return found
 
 
-def predict_points(times: BundleTimes, points: Sequence[Point], workers: int = 1) -> list[Predicted]:
-    """The same for what has been measured: each point's messages, at the times at which they were sent.
+def predict_points(times: BundleTimes, points: Sequence[Point]) -> list[Predicted]:
+    """The same for what has been measured: each point's messages, at the times at which they were to be sent.
 
     Raises:
         ValueError: a point without records, as one that was read from a file.
@@ -85,22 +85,45 @@ def predict_points(times: BundleTimes, points: Sequence[Point], workers: int = 1
                 "a point without its records cannot be predicted: its arrival times are not known."
             )
         arrived = [one.intended for one in point.records.messages]
-        found.append(_predicted(point.offered, times, arrived, workers))
+        found.append(_predicted(point.offered, times, arrived))
     return found
 
 
-def _predicted(offered: float, times: BundleTimes, arrived: Sequence[float], workers: int) -> Predicted:
+def compare(predicted: Sequence[Predicted], measured: Sequence[Point]) -> list[dict[str, object]]:
+    """What was predicted beside what was measured at the same rates, as rows of a table. A sweep that ended
+    early has fewer points than there are predictions."""
+    return [
+        {
+            "messages a second": point.offered,
+            "answered, predicted": one.answered,
+            "answered, measured": point.answered,
+            "p95 (s), predicted": one.p95,
+            "p95 (s), measured": point.p95,
+            "p95, off by": off_by(one.p95, point.p95),
+        }
+        for one, point in zip(predicted, measured, strict=False)
+    ]
+
+
+def off_by(predicted: float, measured: float) -> str:
+    """How far a prediction is off, as `+12%` where it is too high; a dash if either is not finite, or 0."""
+    if not (math.isfinite(predicted) and math.isfinite(measured) and measured):
+        return "–"
+    return f"{predicted / measured - 1:+.0%}"
+
+
+def _predicted(offered: float, times: BundleTimes, arrived: Sequence[float]) -> Predicted:
     """Medians of several runs: single bundles vary at random, and the arrivals do not."""
-    runs = [simulate_stream(times, arrived, workers, random_state) for random_state in range(DRAWS)]
+    runs = [simulate_stream(times, arrived, random_state=random_state) for random_state in range(DRAWS)]
     latencies = (statistics.median(run.latency(share) for run in runs) for share in (0.5, 0.95, 0.99))
     return Predicted(offered, statistics.median(run.rate for run in runs), *latencies)
 
 
-def predicted_curve(times: BundleTimes, count: int = 24) -> list[Predicted]:
+def predicted_curve(times: BundleTimes) -> list[Predicted]:
     """What to expect in the long run, from one message in four seconds to nearly the most: for a plot."""
     most = 0.95 * most_rate(times)
     least = min(0.25, most / 10)
-    rates = [least * (most / least) ** (place / (count - 1)) for place in range(count)]
+    rates = [least * (most / least) ** (place / (CURVE_POINTS - 1)) for place in range(CURVE_POINTS)]
     return [predict_rates(times, [rate], seconds=CURVE_MESSAGES / rate)[0] for rate in rates]
 
 
@@ -111,23 +134,23 @@ def most_rate(times: BundleTimes, workers: int = 1) -> float:
     return workers * times.most / cycle
 
 
-def highest_rate(times: BundleTimes, seconds: float, workers: int = 1) -> float:
-    """The highest rate, in messages a second, at which 95 of 100 messages are answered within a time.
+def highest_rate(times: BundleTimes, seconds: float) -> float:
+    """The highest rate, in messages a second, at which one worker answers 95 of 100 messages within a time.
 
-    Found by halving, to a hundredth; 0 if a message alone takes longer.
+    Found by halving, to a hundredth; 0 if it is less than a thousandth of the most, as where a message alone
+    takes longer.
 
     Raises:
         ValueError: a time that cannot be.
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"a latency of {seconds!r} s cannot be kept: give a number above 0.")
-    low, high = 0.0, most_rate(times, workers)
-    if times.seconds(1) > seconds:
-        return 0.0
-    while high - low > 0.01 * high:
+    low, high = 0.0, most_rate(times)
+    least = 0.001 * high
+    while high - low > max(0.01 * high, least):
         rate = (low + high) / 2
         arrived = steady_arrivals(rate, MESSAGES / rate, random_state=1)
-        if simulate_stream(times, arrived, workers).latency(0.95) <= seconds:
+        if simulate_stream(times, arrived).latency(0.95) <= seconds:
             low = rate
         else:
             high = rate

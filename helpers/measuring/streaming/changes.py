@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
 WARM_UP = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # messages at once
 WARM_UP_APART = 0.7  # seconds
+WARM_UP_WAIT = 600.0  # seconds
+
+
+UPDATE_SECONDS = 900.0
+"""How long an updated job may take to answer a first message: on Dataflow, new workers start for it."""
+
+
+class NotAnsweredError(RuntimeError):
+    """Messages that were to be answered before the next measurement, and were not."""
 
 
 def warm_up(
@@ -28,10 +37,19 @@ def warm_up(
         topic, prompts, responses, dead_letters: as for `send_load`.
 
     Raises:
+        NotAnsweredError: some still wait after ten minutes; what is measured next would be late for that.
         SendingError: as `send_load`.
     """
     times = volleys(WARM_UP, WARM_UP_APART)
-    return send_load(topic, times, prompts, responses=responses, dead_letters=dead_letters)
+    found = send_load(
+        topic, times, prompts, responses=responses, dead_letters=dead_letters, wait_seconds=WARM_UP_WAIT
+    )
+    if found.waiting:
+        raise NotAnsweredError(
+            f"{found.waiting} of {len(times)} messages are still not answered: see job.errors(), and try "
+            "again when they are, or with shorter responses."
+        )
+    return found
 
 
 def measure_changes(
@@ -41,17 +59,21 @@ def measure_changes(
     *,
     rates: Sequence[float],
     seconds: float,
+    flood: int,
     responses_topic: str,
     **load: Any,
 ) -> tuple[Job, dict[str, BundleTimes]]:
-    """Updates a running job with each change in turn, and measures its bundle times.
+    """Updates a running job with each change in turn, and measures its bundle times: at some rates, and with
+    many messages at once. Without these, nothing would be known of full bundles, and a change that makes the
+    job slower would seem to answer less than it does, or one that makes it faster no more than before.
 
     Args:
         job: the running job.
         arguments: those of `helpers.dataflow.update`, without a change.
         changes: answering options, as `[{"max_batch_size": 4}]`.
-        rates: messages a second, one that the job keeps up with and one that it does not.
+        rates: messages a second, low ones.
         seconds: how long to send at each.
+        flood: how many messages to send at once after that: enough for several full bundles.
         responses_topic: the path of the topic that responses are published to.
         load: `topic`, `prompts`, `responses` and `dead_letters`, as for `sweep_rates`.
 
@@ -59,6 +81,7 @@ def measure_changes(
         The job that runs at the end, with the last change, and the times by the changes' labels.
 
     Raises:
+        NotAnsweredError: the updated job answers no message, or too few.
         JobError, OptionError, ValueError: as `helpers.dataflow.update`.
         SendingError, SweepError: as `sweep_rates`.
     """
@@ -66,10 +89,15 @@ def measure_changes(
 
     found = {}
     for change in changes:
+        label = label_of(change)
         job = update(job, **{**arguments, **change})
-        pubsub.ask(load["topic"], responses_topic, load["prompts"][:1])  # the model is loaded for it
+        # The model is loaded for it.
+        if pubsub.ask(load["topic"], responses_topic, load["prompts"][:1], timeout=UPDATE_SECONDS) == [None]:
+            raise NotAnsweredError(f"with {label}, the job answers nothing: see job.errors().")
         warm_up(**load)
-        found[label_of(change)] = measured_bundle_times(sweep_rates(job, rates, seconds=seconds, **load))
+        points = sweep_rates(job, rates, seconds=seconds, **load)
+        full = send_load(times=volleys([flood], 1), **load)
+        found[label] = measured_bundle_times([*points, full])
     return job, found
 
 

@@ -98,6 +98,11 @@ class Candidate:
         return self.service_time.seconds([demand.prompt_tokens] * count, [demand.response_tokens] * count)
 
     @property
+    def computing(self) -> float:
+        """The share of a bundle's time in which the model computes, where that is known."""
+        return self.service_time.computing if isinstance(self.service_time, BundleTimes) else 1.0
+
+    @property
     def turnaround(self) -> float:
         """The seconds from the answers of a bundle to taking the next one, where that is known."""
         return self.service_time.turnaround if isinstance(self.service_time, BundleTimes) else 0.0
@@ -128,7 +133,7 @@ class Plan:
         latency: the simulated 95th percentile at the mean rate, in seconds.
         peak_latency: the same of messages that arrive in a burst; None without one.
         load: the mean rate as a share of what the least workers can answer, in full batches.
-        busy: the share of their time in which the least workers compute at the mean rate.
+        busy: the share of their time in which the models of the least workers compute at the mean rate.
         cost_per_hour: of the least workers.
         cost_per_million_messages, cost_per_million_tokens: at the mean rate; prompts and responses count.
     """
@@ -164,6 +169,10 @@ class Plan:
             ],
         }
 
+    @property
+    def _cost_with_most(self) -> float:
+        return self.cost_per_hour / self.least_workers * self.most_workers
+
     def rows(self) -> list[dict[str, Any]]:
         """For a table."""
         burst = "–" if self.peak_latency is None else f"{self.peak_latency:.2f} s"
@@ -173,10 +182,11 @@ class Plan:
             "workers, at least": self.least_workers,
             "workers, at most": self.most_workers,
             "95 % within, at the mean rate": f"{self.latency:.2f} s",
-            "95 % within, in a burst": burst,
-            "mean rate, of the most that these answer": f"{self.load:.0%}",
-            "time in which they are busy": f"{self.busy:.0%}",
+            "95 % within, in a burst, with all workers": burst,
+            "load at the mean rate": f"{self.load:.0%}",
+            "time in which the model computes": f"{self.busy:.0%}",
             "cost an hour": f"{self.cost_per_hour:.3g}",
+            "cost an hour, with all workers": f"{self._cost_with_most:.3g}",
             "cost of a million messages": f"{self.cost_per_million_messages:.3g}",
             "cost of a million tokens": f"{self.cost_per_million_tokens:.3g}",
         }
@@ -212,10 +222,15 @@ def make_plan(
             except _NotEnoughError as error:
                 nearest = min(nearest, error.latency)
     if not found:
+        limit = f"with up to {most_workers} workers"
+        if nearest <= demand.seconds:  # fast enough, for as long as luck lasts
+            raise PlanError(
+                f"{demand.rate:g} messages a second would be more than {MOST_LOAD:.0%} of what any machine "
+                f"answers {limit}: allow more of them, or measure a faster machine."
+            )
         raise PlanError(
-            f"No machine answers 95 of 100 messages within {demand.seconds:g} s with up to {most_workers} "
-            f"workers: the best takes {nearest:.2g} s. Allow more time or shorter responses, or measure a "
-            "faster machine."
+            f"No machine answers 95 of 100 messages within {demand.seconds:g} s {limit}: the best takes "
+            f"{nearest:.2g} s. Allow more time or shorter responses, or measure a faster machine."
         )
     return min(found, key=lambda one: (one.cost_per_hour, one.most_workers, one.latency))
 
@@ -285,7 +300,7 @@ def _plan_for(demand: Demand, candidate: Candidate, batch_size: int, at_once: in
         latency=least.latency,
         peak_latency=most and most.latency,
         load=demand.rate / (least.workers * most_of_one),
-        busy=least.busy,
+        busy=least.busy * candidate.computing,
         cost_per_hour=per_hour,
         cost_per_million_messages=per_message * 1e6,
         cost_per_million_tokens=per_message / (demand.prompt_tokens + demand.response_tokens) * 1e6,

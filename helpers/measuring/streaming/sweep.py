@@ -59,9 +59,8 @@ class Point:
     @property
     def keeps_up(self) -> bool:
         """Whether as many messages were answered as came, and none waited in the end."""
-        return (
-            not self.waiting and self.sustained >= KEEPS_UP * self.offered * self.responses / self.published
-        )
+        enough = KEEPS_UP * self.offered * self.responses / self.published
+        return self.responses > 0 and not self.waiting and self.sustained >= enough
 
     def row(self) -> dict[str, object]:
         """For a table."""
@@ -125,7 +124,8 @@ def sweep_rates(
         )
         if _has_ended(job):
             raise SweepError(
-                f"The job ended ({job.state()}) after {len(points)} of {len(rates)} rates: see its errors."
+                f"The job ended ({job.state()}) after {len(points)} of {len(rates)} rates: see job.errors(), "
+                "and if it was drained, give it a larger max_run_minutes."
             )
         after = _counted(job)
         point = _point(len(times) / seconds, found, {name: after[name] - before[name] for name in after})
