@@ -35,9 +35,9 @@ def state_dicts(tmp_path_factory):
     return paths
 
 
-@pytest.fixture(params=["torch", "ctranslate2"])
+@pytest.fixture(params=["torch", "torch_packed", "ctranslate2"])
 def load(request):
-    """Loads a state dict; each test of what both engines must do runs on both."""
+    """Loads a state dict; each test of what all engines must do runs on each."""
     return functools.partial(load_with, request.param)
 
 

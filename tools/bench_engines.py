@@ -164,9 +164,14 @@ def ours(state_dict: Path, cache: Path, held: bool, *more: str, name_more: bool 
         more: further arguments of `ours.py`.
         name_more: whether these are part of the contestants' names.
     """
-    pairs = [("torch", "float32"), ("ctranslate2", "float32"), ("ctranslate2", "int8")]
+    pairs = [
+        ("torch", "float32"),
+        ("torch_packed", "float32"),
+        ("ctranslate2", "float32"),
+        ("ctranslate2", "int8"),
+    ]
     if torch.cpu.get_capabilities().get("avx512_bf16") and not held:
-        pairs.insert(1, ("torch", "bfloat16"))
+        pairs[2:2] = [("torch", "bfloat16"), ("torch_packed", "bfloat16")]
     return {
         " ".join(("this project,", *pair, *(more if name_more else ()))): [
             sys.executable, "ours.py", state_dict, *pair, cache, *more,

@@ -193,8 +193,8 @@ def size_for_serving(
 def computing(answering: AnsweringOptions) -> dict[str, str | None]:
     """By what and in what workers compute, as far as it was asked for: the arguments of `size_model`."""
     dtype = None if answering.dtype in (None, "auto") else answering.dtype
-    is_ctranslate2 = answering.engine == ENGINE or dtype == "int8"
-    return {"engine": ENGINE if is_ctranslate2 else "torch", "compute_dtype": dtype}
+    engine = None if answering.engine in (None, "auto") else answering.engine
+    return {"engine": engine or (ENGINE if dtype == "int8" else "torch"), "compute_dtype": dtype}
 
 
 def disk_gb(manifest: Manifest, machine_type: str, compute_dtype: str | None = None) -> int:

@@ -186,8 +186,10 @@ class AnsweringOptions:
     )
     engine: str | None = option(
         None,
-        "What computes: torch, for every model, or ctranslate2, for some. By default the one that was "
-        "measured to be faster on a machine of this kind, where it is installed and takes the model.",
+        "What computes: torch, for every model; torch_packed, the same with a copy of the weights in each "
+        "process that the CPU multiplies by faster; or ctranslate2, for some models. By default the faster "
+        "one of torch and ctranslate2, as measured on machines of this kind, where it is installed and "
+        "takes the model.",
         choices=("auto", *ENGINES),
     )
     dtype: str | None = option(
@@ -237,8 +239,10 @@ class AnsweringOptions:
             _check(one, getattr(self, one.name))
         check_prompting(self.system_prompt, self.template, self.prompt_format)
         self._read_schema()
-        if self.engine == "torch" and self.dtype == "int8":
-            raise ValueError("engine torch does not compute in int8: leave the engine out, or the dtype.")
+        if self.engine not in (None, "auto") and self.dtype not in (None, "auto", *ENGINES[self.engine]):
+            raise ValueError(
+                f"engine {self.engine} does not compute in {self.dtype}: leave the engine out, or the dtype."
+            )
         is_ctranslate2 = self.engine == "ctranslate2" or self.dtype == "int8"
         if is_ctranslate2 and self.temperature > 0 and self.seed is not None:
             raise ValueError(

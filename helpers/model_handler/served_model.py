@@ -22,9 +22,16 @@ import torch
 
 from helpers.load_state_dict.engine_file import EngineError
 from helpers.load_state_dict.manifest import Manifest, read_manifest
-from helpers.load_state_dict.mapped_model import LoadError, load_model, read_generation_config
+from helpers.load_state_dict.mapped_model import (
+    LoadError,
+    load_model,
+    page_dropper,
+    read_generation_config,
+)
 from helpers.model_handler.engines.choice import Choice, choose
 from helpers.model_handler.engines.generation_settings import held, not_honoured
+from helpers.model_handler.engines.packed_weights import ENGINE as PACKED
+from helpers.model_handler.engines.packed_weights import pack_weights
 from helpers.model_handler.engines.torch_engine import TorchEngine
 from helpers.model_handler.language_model import LanguageModel, OtherModelError
 from helpers.model_handler.local_engine_file import fetch_engine_file
@@ -75,7 +82,7 @@ class ModelSource:
                     raise
                 log.warning("Computing with torch: %s", error)
                 choice = choice.instead()
-        if choice.engine == "torch":
+        if choice.engine != "ctranslate2":
             found = self._load_torch(choice)
         model, manifest = found
         log.info(
@@ -102,7 +109,9 @@ class ModelSource:
                 break
             del model  # the weights of another version, with this one's tokenizer
         _tell_what_does_not_hold(model.generation_config)
-        engine = TorchEngine(model, tokenizer)
+        if choice.engine == PACKED:
+            pack_weights(model, page_dropper(state_dict.file))
+        engine = TorchEngine(model, tokenizer, name=choice.engine)
         return LanguageModel(engine, tokenizer, state_dict.manifest.model_name), state_dict.manifest
 
     def _load_ctranslate2(self, choice: Choice) -> tuple[LanguageModel, Manifest]:

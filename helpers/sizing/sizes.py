@@ -29,7 +29,11 @@ from helpers.sizing.model_memory import (
 
 METHODS = ("project", "sample")
 
-ENGINES = {"torch": tuple(DTYPE_BYTES), "ctranslate2": ("float32", "bfloat16", "int8")}
+ENGINES = {
+    "torch": tuple(DTYPE_BYTES),
+    "torch_packed": ("float32", "bfloat16"),
+    "ctranslate2": ("float32", "bfloat16", "int8"),
+}
 """What the project serves with, and the dtypes that each computes in."""
 
 COMPUTE_BYTES = DTYPE_BYTES | {"int8": 1}
@@ -200,10 +204,14 @@ def size_model(
     if method == "sample" and (engine or compute_dtype):
         raise SizingError("The sample's method knows no engines: leave them out, or the method.")
     engine = engine or ("ctranslate2" if compute_dtype == "int8" else "torch")
-    if method == "sample" or (engine != "torch" and family not in machine_types.GPU_FAMILIES):
+    if method == "sample" or (engine == "ctranslate2" and family not in machine_types.GPU_FAMILIES):
         compute_dtype = compute_dtype or "float32"
     compute_dtype = compute_dtype or compute_dtype_on(family, dtype)
     _check_engine(engine, compute_dtype)
+    if engine == "torch_packed" and family in machine_types.GPU_FAMILIES:
+        raise SizingError(
+            "torch_packed computes on CPUs only: choose another engine, or a family without GPUs."
+        )
     # Where weights are 8-bit integers, all else is float32.
     numbers = "float32" if compute_dtype == "int8" else compute_dtype
     workload = (batch_size, prompt_tokens, response_tokens, numbers)
@@ -220,7 +228,7 @@ def size_model(
             parts = {"weights": processes * weights}  # processes do not share GPU memory
             each["CUDA context"] = CUDA_CONTEXT_BYTES
         else:
-            # Torch maps the weights from a file, which processes share; CTranslate2 reads them.
+            # Torch maps the weights from a file, which processes share; the others have their own.
             parts = {"weights": weights if engine == "torch" else processes * weights}
             each["Python worker"] = WORKER_BYTES
         parts |= {name: processes * size for name, size in each.items()}

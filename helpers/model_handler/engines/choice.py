@@ -5,6 +5,7 @@ that does uses torch; an x86 CPU that does not, or is to compute in float32, use
 CTranslate2 does not take use torch. The tables that this rests on are in `docs/engines.md`, measured with
 `make bench-engines` and, on an H100 and an H200, with `tools/bench_gpu.py`. Nothing was measured on CPUs with
 AMX, on those with AVX512 and no bfloat16, on ARM or on other GPUs: there, the rule is only carried over.
+`torch_packed` is never chosen unasked, since its processes do not share their weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from helpers.load_state_dict.engine_file import ENGINE_DTYPES
 from helpers.load_state_dict.engine_file.description import engine_version
 from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.engines.ctranslate2_engine import COMPUTE_TYPES, computes_in, why_not_on_gpu
+from helpers.model_handler.engines.packed_weights import ENGINE as PACKED
+from helpers.model_handler.engines.packed_weights import why_not_packed
 from helpers.model_handler.hardware import choose_device, choose_dtype
 from helpers.models.dtypes import DTYPES, dtype_name
 
@@ -27,7 +30,7 @@ class Choice:
     """What a model is computed by.
 
     Attributes:
-        engine: `torch` or `ctranslate2`.
+        engine: `torch`, `torch_packed` or `ctranslate2`.
         device: where.
         dtype: in what; for torch, the name of a `torch.dtype`.
         reason: why, for the log.
@@ -60,8 +63,8 @@ def choose(
         LoadError: what was asked for is not here, or does not go together.
     """
     engine, dtype = engine or "auto", dtype or "auto"
-    if dtype == "int8" and engine == "torch":
-        raise LoadError("torch does not compute in int8 here: use engine ctranslate2, or another dtype.")
+    if dtype == "int8" and engine in ("torch", PACKED):
+        raise LoadError(f"{engine} does not compute in int8 here: use engine ctranslate2, or another dtype.")
     place = choose_device(device)
     why_open = _why_not_ctranslate2(place)
     if engine == "ctranslate2" or dtype == "int8":
@@ -83,6 +86,10 @@ def choose(
         raise LoadError(f"dtype {dtype!r} is not supported: use auto, {', '.join(DTYPES)}, int8.")
     chosen, reason = choose_dtype(place, dtype)
     name = dtype_name(chosen)
+    if engine == PACKED:
+        if why_not := why_not_packed(place, chosen):
+            raise LoadError(why_not)
+        return Choice(PACKED, place, name, "asked for", True)
     if engine == "auto" and _is_faster_with_ctranslate2(place, name):
         if not why_open:
             return Choice("ctranslate2", place, name, f"{reason}, and ctranslate2 is faster in {name} there")

@@ -36,11 +36,13 @@ class TorchEngine:
     Args:
         model: on its device. Of its generation config, only the settings that hold here are left.
         tokenizer: the model's, for settings that are texts.
+        name: `torch`, or `torch_packed` if the model's weights are packed.
     """
 
-    name = "torch"
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "torch"
+    ) -> None:
+        self.name = name
         self.model = model.eval()
         self.config = model.config
         self.dtype = dtype_name(model.dtype)
@@ -51,7 +53,7 @@ class TorchEngine:
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._pad_token_id = self._choose_pad_token()
         self._prefix = _Prefix(model)
-        if is_worthwhile(model.device, model.dtype):
+        if name == "torch" and is_worthwhile(model.device, model.dtype):
             speed_up_single_rows(model)
 
     @torch.inference_mode()
