@@ -410,7 +410,10 @@ def test_what_a_killed_upload_left_is_no_obstacle(state_dict, bucket):
     assert read_engine_file(path, "int8").dtype == "int8"
 
 
-@pytest.mark.parametrize(("first", "second"), [("torch", "ctranslate2"), ("ctranslate2", "torch")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("torch", "ctranslate2"), ("ctranslate2", "torch_packed"), ("torch_packed", "torch")],
+)
 def test_one_engine_takes_over_from_the_other(first, second, state_dict, tmp_path):
     """As after a load that fell back to torch; settings that shape no weight are no obstacle either."""
     model = load(state_dict, tmp_path / "cache", engine=first)
@@ -430,7 +433,7 @@ def test_a_kept_prefix_does_not_outlive_its_weights(tmp_path):
         model.save_pretrained(tmp_path / name)
         with_system_prompt().save_pretrained(tmp_path / name)
         convert(str(tmp_path / name), tmp_path / f"{name}.pt", "float32", progress=False)
-    for engine in ("torch", "ctranslate2"):
+    for engine in ("torch", "torch_packed", "ctranslate2"):
         one, other = (
             load(str(tmp_path / f"{name}.pt"), tmp_path / "cache", engine=engine) for name in ("one", "other")
         )

@@ -15,6 +15,7 @@ from helpers.load_state_dict import convert
 from helpers.load_state_dict.mapped_model import LoadError, load_model
 from helpers.model_handler import AnsweringOptions, Failure, Response
 from helpers.model_handler.answers import batches_by_length
+from helpers.model_handler.engines.packed_weights import why_not_packed
 from helpers.model_handler.hardware import choose_device, choose_dtype
 from helpers.model_handler.language_model import LanguageModel
 from helpers.model_handler.served_model import ModelSource
@@ -38,6 +39,8 @@ def state_dicts(tmp_path_factory):
 @pytest.fixture(params=["torch", "torch_packed", "ctranslate2"])
 def load(request):
     """Loads a state dict; each test of what all engines must do runs on each."""
+    if request.param == "torch_packed" and (reason := why_not_packed(torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
     return functools.partial(load_with, request.param)
 
 
@@ -88,7 +91,8 @@ def test_a_distinct_output_layer_survives_loading(state_dicts, load):
     assert not torch.equal(reference.lm_head.weight, reference.shared.weight)
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "decoder_input_ids": torch.tensor([[0, 9]])}
     with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, reference(**inputs).logits)
+        # Another order of additions moves the last digits.
+        torch.testing.assert_close(loaded(**inputs).logits, reference(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped where")

@@ -194,7 +194,7 @@ def test_a_new_state_dict_is_taken_up_while_serving(llama, tmp_path):
 
 
 def copies(cache) -> list:
-    """What the two engines read: a state dict in their dtype, or an engine's own file."""
+    """What the engines read: a state dict in their dtype, or an engine's own file."""
     return [*cache.glob("*/*.pt"), *cache.glob("*/ctranslate2-*/model.bin")]
 
 

@@ -1,10 +1,13 @@
 """Packed weights: the same answers, and the pages of what was packed are given back."""
 
+import gc
 import platform
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import KINDS, save_checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.load_state_dict import convert
 from helpers.load_state_dict.mapped_model import LoadError
@@ -52,7 +55,7 @@ def test_products_are_the_layers_own_for_any_number_of_rows(dtype, has_bias):
     layer = torch.nn.Linear(48, 80, bias=has_bias).to(dtype)
     layer.load_state_dict(plain.state_dict())
     dropped = []
-    assert pack_weights(torch.nn.Sequential(layer), dropped.append) == 1
+    pack_weights(torch.nn.Sequential(layer), dropped.append)
     assert [weight.data_ptr() for weight in dropped] == [layer.weight.data_ptr()]
     with torch.inference_mode():
         for shape in ((48,), (1, 48), (7, 48), (2, 40, 48)):
@@ -60,18 +63,59 @@ def test_products_are_the_layers_own_for_any_number_of_rows(dtype, has_bias):
             torch.testing.assert_close(layer(rows), plain(rows), rtol=2e-2, atol=2e-2)
 
 
-def test_other_layers_stay_as_they_are():
+def test_other_layers_stay_as_they_are_and_a_model_of_them_is_refused():
     class Doubled(torch.nn.Linear):
         def forward(self, rows):
             return 2 * super().forward(rows)
 
-    model = torch.nn.Sequential(Doubled(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4).half())
-    assert pack_weights(model, lambda weight: None) == 0
-    assert not any("forward" in vars(layer) for layer in model)
+    others = [Doubled(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4).half()]
+    with pytest.raises(LoadError, match="only 0% are in linear layers: use engine torch"):
+        pack_weights(torch.nn.Sequential(*others), lambda weight: None)
+    pack_weights(torch.nn.Sequential(*others, torch.nn.Linear(64, 64)), lambda weight: None)
+    assert not any("forward" in vars(layer) for layer in others)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="/proc is Linux's")
+def test_the_pages_of_what_was_packed_are_given_back(tmp_path):
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8
+    )
+    save_checkpoint("llama", tmp_path / "checkpoint")  # for its tokenizer
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
+    path = str(tmp_path / "model.pt")
+    convert(str(tmp_path / "checkpoint"), path, "float32", progress=False)
+
+    def resident() -> int:
+        """The bytes of the state dict's file that this process holds."""
+        lines, held, is_ours = Path("/proc/self/smaps").read_text().splitlines(), 0, False
+        for line in lines:
+            first, *rest = line.split()
+            if "-" in first and len(rest) >= 4:
+                is_ours = line.endswith("model.pt")
+            elif first == "Rss:" and is_ours:
+                held += 1024 * int(rest[0])
+        return held
+
+    held = {}
+    for engine in ("torch", "torch_packed"):
+        model = ModelSource(path, dtype="float32", engine=engine).load()[0]
+        model.ask(["Hi"], AnsweringOptions(max_response_tokens=4))
+        held[engine] = resident()
+        del model
+        gc.collect()
+    assert held["torch"] > 25e6
+    assert held["torch_packed"] < 0.2 * held["torch"]
+
+
+def test_jobs_and_options_that_go_with_a_gpu_are_refused():
+    with pytest.raises(ValueError, match="CPUs only"):
+        AnsweringOptions(engine="torch_packed", device="cuda")
 
 
 def test_products_that_differ_are_refused(monkeypatch):
-    wrong = lambda packed, bias, rows: torch.zeros(len(rows), 4)  # noqa: E731
+    def wrong(packed, bias, input):  # noqa: A002 - as Linear names it
+        return torch.zeros(len(input), 4)
+
     monkeypatch.setattr(packed_weights, "_product", wrong)
     with pytest.raises(LoadError, match=r"shape \(4, 4\) differs .* use engine torch"):
         pack_weights(torch.nn.Linear(4, 4), lambda weight: None)

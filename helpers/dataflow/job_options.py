@@ -32,6 +32,7 @@ from helpers.files.package import build_wheel
 from helpers.load_state_dict import Manifest, read_companion, read_manifest
 from helpers.load_state_dict.engine_file.description import ENGINE
 from helpers.model_handler import AnsweringOptions
+from helpers.model_handler.engines.packed_weights import ENGINE as PACKED
 from helpers.models.dtypes import DTYPE_BYTES
 from helpers.sizing import machine_types
 from helpers.sizing.machine_types import MachineType, MachineTypeError
@@ -75,7 +76,8 @@ def set_defaults(
         max_run_minutes: noted on the job, so that `helpers.dataflow.job_guard` and `job_list` can enforce it.
 
     Raises:
-        OptionError: a GPU is asked for on a machine that has none, or the time is not above 0.
+        OptionError: a GPU is asked for on a machine that has none, or an engine that does not compute on one
+            on a machine that does; or the time is not above 0.
         WrongModelError: the state dict was made from another model.
         FileNotFoundError, PermissionError, StorageError: the state dict or its manifest cannot be read.
         MachineTypeError, SizingError: no machine is large enough, or the model cannot be sized.
@@ -93,6 +95,11 @@ def set_defaults(
             state_dict_path, manifest, on_gpu=on_gpu, **computing(answering), **answering.workload()
         )
         worker.machine_type = sizing.serve.machine.name
+    if answering.engine == PACKED and answering.device != "cpu" and _has_gpu(worker.machine_type):
+        raise OptionError(  # each worker would refuse it, and start again for ever
+            f"engine {PACKED} computes on CPUs only, and {worker.machine_type} has a GPU: choose another of "
+            "them, or device cpu."
+        )
     cloud = options.view_as(GoogleCloudOptions)
     _set_accelerator(cloud, worker.machine_type, answering.device)
     _set_processes(options.view_as(DebugOptions))
@@ -110,6 +117,10 @@ def set_defaults(
 def wants_gpu(device: str | None) -> bool:
     """Whether a GPU is asked for: `"cuda"`, or one of several, such as `"cuda:0"`."""
     return (device or "").lower().startswith("cuda")
+
+
+def _has_gpu(machine_type: str) -> bool:
+    return bool(getattr(machine_types.CATALOGUE.get(machine_type), "gpu", None))
 
 
 def torch_threads(options: PipelineOptions) -> int | None:
@@ -145,7 +156,7 @@ def may_use_ctranslate2(options: PipelineOptions, answering: AnsweringOptions) -
     if it is in their image."""
     machine_type = options.view_as(WorkerOptions).machine_type or ""
     computes_in_bfloat16 = machine_type.partition("-")[0] in machine_types.BFLOAT16_FAMILIES
-    on_gpu = wants_gpu(answering.device) or getattr(machine_types.CATALOGUE.get(machine_type), "gpu", None)
+    on_gpu = wants_gpu(answering.device) or _has_gpu(machine_type)
     is_open = answering.engine in (None, "auto") and not on_gpu
     return (
         answering.engine == ENGINE

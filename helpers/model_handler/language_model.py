@@ -73,7 +73,7 @@ class LanguageModel:
     @property
     def model(self) -> PreTrainedModel:
         """The transformers model, in evaluation mode on its device. Of its generation config, only the
-        settings that hold here are left."""
+        settings that hold here are left. With engine torch_packed it cannot be copied or trained."""
         return self.engine.model
 
     def take_over(self, other: LanguageModel) -> None:

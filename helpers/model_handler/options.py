@@ -186,8 +186,8 @@ class AnsweringOptions:
     )
     engine: str | None = option(
         None,
-        "What computes: torch, for every model; torch_packed, the same with a copy of the weights in each "
-        "process that the CPU multiplies by faster; or ctranslate2, for some models. By default the faster "
+        "What computes: torch, for every model; torch_packed, the same with weights that a CPU multiplies by "
+        "faster, of which each process has a copy; or ctranslate2, for some models. By default the faster "
         "one of torch and ctranslate2, as measured on machines of this kind, where it is installed and "
         "takes the model.",
         choices=("auto", *ENGINES),
@@ -242,6 +242,10 @@ class AnsweringOptions:
         if self.engine not in (None, "auto") and self.dtype not in (None, "auto", *ENGINES[self.engine]):
             raise ValueError(
                 f"engine {self.engine} does not compute in {self.dtype}: leave the engine out, or the dtype."
+            )
+        if self.engine == "torch_packed" and self.device not in (None, "", "auto", "cpu"):
+            raise ValueError(
+                f"engine torch_packed computes on CPUs only: leave it out, or device {self.device}."
             )
         is_ctranslate2 = self.engine == "ctranslate2" or self.dtype == "int8"
         if is_ctranslate2 and self.temperature > 0 and self.seed is not None:

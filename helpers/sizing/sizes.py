@@ -171,14 +171,14 @@ def size_model(
         batch_size: prompts generated together.
         prompt_tokens: the length of the longest prompt.
         response_tokens: the most tokens to generate per prompt.
-        processes: workers on the machine. They share weights that torch maps; all else is counted once per
-            process.
+        processes: workers on the machine. They share weights that engine torch maps; all else is counted
+            once per process.
         family: the machine family to serve on, which may be a GPU family; by default `FAMILIES`.
         convert_family: the machine family to convert on.
         headroom: share of the machine's memory left free; `HEADROOM` by default.
         price_per_hour: the serving machine's price, or prices by machine type.
-        engine: what serves, with the project's method: `torch` or `ctranslate2`; by default torch, unless it
-            is to compute in int8.
+        engine: what serves, with the project's method: one of `ENGINES`; by default torch, unless it is to
+            compute in int8.
         compute_dtype: what it computes in; by default what machines of the family are fast in, and float32
             with CTranslate2.
 

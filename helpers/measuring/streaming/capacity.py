@@ -147,7 +147,7 @@ def highest_rate(times: BundleTimes, seconds: float) -> float:
         raise ValueError(f"a latency of {seconds!r} s cannot be kept: give a number above 0.")
     low, high = 0.0, most_rate(times)
     least = 0.001 * high
-    while high - low > max(0.01 * high, least):
+    while high - low > 0.01 * high and high > least:
         rate = (low + high) / 2
         arrived = steady_arrivals(rate, MESSAGES / rate, random_state=1)
         if simulate_stream(times, arrived).latency(0.95) <= seconds:

@@ -81,7 +81,7 @@ def measure_changes(
         The job that runs at the end, with the last change, and the times by the changes' labels.
 
     Raises:
-        NotAnsweredError: the updated job answers no message, or too few.
+        NotAnsweredError: the updated job answers no message, or not all in time.
         JobError, OptionError, ValueError: as `helpers.dataflow.update`.
         SendingError, SweepError: as `sweep_rates`.
     """
@@ -97,6 +97,11 @@ def measure_changes(
         warm_up(**load)
         points = sweep_rates(job, rates, seconds=seconds, **load)
         full = send_load(times=volleys([flood], 1), **load)
+        if full.waiting:
+            raise NotAnsweredError(
+                f"with {label}, {full.waiting} of {flood} messages at once were not answered: see "
+                "job.errors(), and try a smaller flood."
+            )
         found[label] = measured_bundle_times([*points, full])
     return job, found
 

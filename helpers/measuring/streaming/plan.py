@@ -97,10 +97,14 @@ class Candidate:
             return self.service_time.seconds(count, demand.response_tokens)
         return self.service_time.seconds([demand.prompt_tokens] * count, [demand.response_tokens] * count)
 
-    @property
-    def computing(self) -> float:
+    def computing(self, demand: Demand) -> float:
         """The share of a bundle's time in which the model computes, where that is known."""
-        return self.service_time.computing if isinstance(self.service_time, BundleTimes) else 1.0
+        if not isinstance(self.service_time, BundleTimes):
+            return 1.0
+        computed = self.service_time.computing
+        if self.service_time.response_tokens:
+            computed *= demand.response_tokens / self.service_time.response_tokens
+        return computed / (1 - self.service_time.computing + computed)
 
     @property
     def turnaround(self) -> float:
@@ -225,8 +229,8 @@ def make_plan(
         limit = f"with up to {most_workers} workers"
         if nearest <= demand.seconds:  # fast enough, for as long as luck lasts
             raise PlanError(
-                f"{demand.rate:g} messages a second would be more than {MOST_LOAD:.0%} of what any machine "
-                f"answers {limit}: allow more of them, or measure a faster machine."
+                f"{demand.rate:g} messages a second would be more than {MOST_LOAD:.0%} of what a machine "
+                f"that is fast enough answers {limit}: allow more of them, or measure a faster machine."
             )
         raise PlanError(
             f"No machine answers 95 of 100 messages within {demand.seconds:g} s {limit}: the best takes "
@@ -300,7 +304,7 @@ def _plan_for(demand: Demand, candidate: Candidate, batch_size: int, at_once: in
         latency=least.latency,
         peak_latency=most and most.latency,
         load=demand.rate / (least.workers * most_of_one),
-        busy=least.busy * candidate.computing,
+        busy=least.busy * candidate.computing(demand),
         cost_per_hour=per_hour,
         cost_per_million_messages=per_message * 1e6,
         cost_per_million_tokens=per_message / (demand.prompt_tokens + demand.response_tokens) * 1e6,

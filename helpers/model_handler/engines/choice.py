@@ -5,7 +5,8 @@ that does uses torch; an x86 CPU that does not, or is to compute in float32, use
 CTranslate2 does not take use torch. The tables that this rests on are in `docs/engines.md`, measured with
 `make bench-engines` and, on an H100 and an H200, with `tools/bench_gpu.py`. Nothing was measured on CPUs with
 AMX, on those with AVX512 and no bfloat16, on ARM or on other GPUs: there, the rule is only carried over.
-`torch_packed` is never chosen unasked, since its processes do not share their weights.
+`torch_packed` is never chosen unasked: where torch computes in bfloat16 it gains little and gives up that
+processes share their weights, and in float32 CTranslate2 is faster for a lone prompt, and with AVX2 alone.
 """
 
 from __future__ import annotations
