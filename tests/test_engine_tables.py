@@ -35,7 +35,7 @@ def test_the_page_shows_the_committed_results():
 def test_auto_is_the_engine_that_was_measured_to_be_faster_for_full_batches(kind, section, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: CAPABILITIES[kind])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(choice, "_is_x86", lambda: True)
+    monkeypatch.setattr(choice, "is_x86", lambda: True)
     chosen = choice.choose()
     measured = {
         tuple(name.removeprefix("this project, ").split()): values["tokens_per_second"]["32"]

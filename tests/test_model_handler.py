@@ -37,7 +37,7 @@ def llama(tmp_path_factory):
 def cpu(request, monkeypatch):
     """Stands for a kind of CPU: on one, torch computes in bfloat16, on the other CTranslate2 in float32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: request.param)
-    monkeypatch.setattr(choice, "_is_x86", lambda: True)
+    monkeypatch.setattr(choice, "is_x86", lambda: True)
 
 
 @pytest.fixture(autouse=True)

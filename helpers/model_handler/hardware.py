@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 from helpers.load_state_dict.mapped_model import LoadError
 from helpers.models.dtypes import DTYPES
+
+
+def is_x86() -> bool:
+    """Whether this machine's processor is an x86-64 one."""
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def choose_device(device: str | None = None) -> torch.device:

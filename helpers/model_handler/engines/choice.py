@@ -11,7 +11,6 @@ processes share their weights, and in float32 CTranslate2 is faster for a lone p
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.engines.ctranslate2_engine import COMPUTE_TYPES, computes_in, why_not_on_gpu
 from helpers.model_handler.engines.packed_weights import ENGINE as PACKED
 from helpers.model_handler.engines.packed_weights import why_not_packed
-from helpers.model_handler.hardware import choose_device, choose_dtype
+from helpers.model_handler.hardware import choose_device, choose_dtype, is_x86
 from helpers.models.dtypes import DTYPES, dtype_name
 
 
@@ -99,7 +98,7 @@ def choose(
 
 
 def _is_faster_with_ctranslate2(device: torch.device, dtype: str) -> bool:
-    return dtype == "bfloat16" if device.type == "cuda" else dtype == "float32" and _is_x86()
+    return dtype == "bfloat16" if device.type == "cuda" else dtype == "float32" and is_x86()
 
 
 def _why_not_ctranslate2(device: torch.device) -> str:
@@ -108,7 +107,3 @@ def _why_not_ctranslate2(device: torch.device) -> str:
     if device.type not in COMPUTE_TYPES:
         return f"ctranslate2 computes on CPUs and NVIDIA GPUs, not on {device}: use engine torch."
     return why_not_on_gpu() if device.type == "cuda" else ""
-
-
-def _is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
