@@ -81,7 +81,8 @@ def grouped_bars(
     axes.invert_yaxis()
     axes.set_xlabel(xlabel)
     axes.grid(axis="x", color="#dddddd")
-    axes.legend(frameon=False, ncols=len(groups), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    # A legend that is wider than the plot would squeeze it.
+    axes.legend(frameon=False, ncols=min(len(groups), 3), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return axes
 
 
