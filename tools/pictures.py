@@ -50,19 +50,25 @@ def plot(name: str, marker: str):
 def main() -> None:
     """Writes the picture."""
     figure, parts = plt.subplot_mosaic(
-        [["answers", "latency"], ["answers", "rates"]], figsize=(13, 4.6), width_ratios=(1, 1.15), dpi=100
+        [["answers", "latency"], ["answers", "rates"]],
+        figsize=(13, 6.4),
+        width_ratios=(1, 1.15),
+        height_ratios=(1, 1.9),
+        dpi=100,
     )
-    figure.subplots_adjust(left=0.02, right=0.99, top=0.93, bottom=0.02, wspace=0.04, hspace=0.22)
+    figure.subplots_adjust(left=0.02, right=0.99, top=0.95, bottom=0.01, wspace=0.04, hspace=0.14)
     lines = []
     for prompt, answer in rows("04", "answer_of.get("):
         short = textwrap.shorten(answer, MOST_CHARACTERS, placeholder=" …")
         lines += [(prompt, "bold"), *((line, "normal") for line in textwrap.wrap(short, 52)), ("", "normal")]
     for number, (line, weight) in enumerate(lines):
-        parts["answers"].text(0, 0.97 - number * 0.075, line, weight=weight, fontsize=12, va="top")
+        parts["answers"].text(0, 0.98 - number * 0.055, line, weight=weight, fontsize=12, va="top")
     parts["answers"].set_title("Asked through Pub/Sub, answered by the job", loc="left", fontsize=11)
     parts["latency"].imshow(plot("04", "plots.latencies("))
     parts["latency"].set_title("Notebook 04: fifty more at once", loc="left", fontsize=11)
     parts["rates"].imshow(plot("03", "plots.grouped_bars("))
+    for name in ("latency", "rates"):
+        parts[name].set_anchor("W")
     parts["rates"].set_title(
         "Notebook 03: what batches, dtypes and engines are worth", loc="left", fontsize=11
     )
