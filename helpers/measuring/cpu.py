@@ -10,7 +10,9 @@ def kind_of_cpu() -> str:
     """The kind that figures are kept for, after what decides about engines and dtypes."""
     import torch
 
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    from helpers.model_handler.hardware import is_x86
+
+    if not is_x86():
         return "ARM"
     has = torch.cpu.get_capabilities()
     if has.get("amx_bf16"):

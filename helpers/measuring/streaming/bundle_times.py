@@ -103,9 +103,18 @@ class BundleTimes:
         else:
             (left, right), (low, high) = self.sizes[place - 1 : place + 1], self.times[place - 1 : place + 1]
             time = low + (high - low) * (size - left) / (right - left)
+        return time * (1 - self.computing + self._computed(response_tokens))
+
+    def computing_share(self, response_tokens: float) -> float:
+        """`computing`, for responses of so many tokens: of longer ones, more of the time is computed."""
+        computed = self._computed(response_tokens)
+        return computed / (1 - self.computing + computed)
+
+    def _computed(self, response_tokens: float | None) -> float:
+        """The computed part of a time for responses of so many tokens, as a share of the measured time."""
         if response_tokens is None or not self.response_tokens:
-            return time
-        return time * (1 - self.computing + self.computing * response_tokens / self.response_tokens)
+            return self.computing
+        return self.computing * response_tokens / self.response_tokens
 
     def draw(self, random_state: int = 0, response_tokens: float | None = None) -> Callable[[int], float]:
         """A function from a bundle's size to the seconds that one such bundle may take: as `seconds`, with

@@ -18,7 +18,6 @@ WARM_UP = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # messages at once
 WARM_UP_APART = 0.7  # seconds
 WARM_UP_WAIT = 600.0  # seconds
 
-
 UPDATE_SECONDS = 900.0
 """How long an updated job may take to answer a first message: on Dataflow, new workers start for it."""
 

@@ -99,12 +99,9 @@ class Candidate:
 
     def computing(self, demand: Demand) -> float:
         """The share of a bundle's time in which the model computes, where that is known."""
-        if not isinstance(self.service_time, BundleTimes):
-            return 1.0
-        computed = self.service_time.computing
-        if self.service_time.response_tokens:
-            computed *= demand.response_tokens / self.service_time.response_tokens
-        return computed / (1 - self.service_time.computing + computed)
+        if isinstance(self.service_time, BundleTimes):
+            return self.service_time.computing_share(demand.response_tokens)
+        return 1.0
 
     @property
     def turnaround(self) -> float:
