@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -203,12 +203,10 @@ def _publish(
     with _Sender(topic) as sender:
         receiver.start = sender.start = start = time.monotonic()
         try:
-            for number, intended in enumerate(times):
-                while (left := start + intended - time.monotonic()) > 0 and not receiver.is_to_stop.is_set():
-                    time.sleep(min(left - SLEEP_SHORT, 0.2) if left > SLEEP_SHORT else 0)
-                late = max(-left, sender.late)
-                if receiver.is_to_stop.is_set() or sender.error:
+            for number, delay in _when_due(times, start, receiver.is_to_stop.is_set):
+                if sender.error:
                     break
+                intended, late = times[number], max(delay, sender.late)
                 if late > MOST_LATE_SECONDS:
                     raise SendingError(
                         f"Message {number} of {len(times)} is {late:.1f} s late: this machine cannot send at "
@@ -225,6 +223,25 @@ def _publish(
     if sender.error:
         raise SendingError(f"Messages cannot be published to {topic}: {sender.error}") from sender.error
     return messages
+
+
+def _when_due(
+    times: Sequence[float],
+    start: float,
+    should_stop: Callable[[], bool],
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Iterator[tuple[int, float]]:
+    """Yields each place in `times` once its time has come, and the delay in seconds.
+
+    A caller that takes long delays what follows, and the schedule stays: the next ones come at once.
+    """
+    for number, intended in enumerate(times):
+        while (left := start + intended - now()) > 0 and not should_stop():
+            sleep(min(left - SLEEP_SHORT, 0.2) if left > SLEEP_SHORT else 0)
+        if should_stop():
+            return
+        yield number, -left
 
 
 class _Sender:
