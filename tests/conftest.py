@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from helpers.local_cloud import Child, launch
 
@@ -24,6 +25,13 @@ for variable in ("PUBSUB_EMULATOR_HOST", "STORAGE_EMULATOR_HOST"):
 # A developer's own copies of state dicts are not the tests' to read or to fill.
 os.environ["STATE_DICT_CACHE"] = tempfile.mkdtemp(prefix="test-state-dicts-")
 atexit.register(shutil.rmtree, os.environ["STATE_DICT_CACHE"], ignore_errors=True)
+
+# How long, in seconds, a test waits for what comes in a moment on a quiet machine: only a hang lasts longer.
+PATIENCE = 300.0
+
+# The time that an example takes says nothing about the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # As it is without the local cloud.
 BEFORE = dict(os.environ)
@@ -38,7 +46,9 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def cloud(tmp_path_factory) -> Iterator[Child]:
     """The running local cloud; its environment is this process's own for as long as the tests run."""
-    child = launch(tmp_path_factory.mktemp("local_cloud"), project="test-project", offline=True)
+    child = launch(
+        tmp_path_factory.mktemp("local_cloud"), project="test-project", offline=True, timeout=PATIENCE
+    )
     before = {name: os.environ.get(name) for name in child.environment}
     os.environ.update(child.environment)
     try:
@@ -50,7 +60,7 @@ def cloud(tmp_path_factory) -> Iterator[Child]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-    wait_until(lambda: not strays(child.folder), "processes of the local cloud have outlived it", 10)
+    wait_until(lambda: not strays(child.folder), "processes of the local cloud have outlived it")
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +81,7 @@ def bucket(storage_client):
     bucket.delete()
 
 
-def wait_until(condition: Callable[[], object], failure: str, seconds: float = 30) -> object:
+def wait_until(condition: Callable[[], object], failure: str, seconds: float = PATIENCE) -> object:
     """Polls until the condition holds and returns its value; fails the test when it never does."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

@@ -104,7 +104,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_read(arguments,
 @pytest.mark.parametrize("command", [["helpers.pipeline"], ["helpers.dataflow", "preflight"]])
 def test_both_command_lines_explain_each_option(command):
     run = subprocess.run(
-        [sys.executable, "-m", *command, "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *command, "--help"], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0
     assert f"usage: python -m {' '.join(command)}" in run.stdout

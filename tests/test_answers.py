@@ -1,7 +1,7 @@
 """Answers that must have a form, and an end: validated JSON, asked for again, and a limit of time."""
 
+import itertools
 import json
-import time
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from helpers.load_state_dict import convert
 from helpers.model_handler import AnsweringOptions, Failure, LanguageModelHandler, Response
 from helpers.model_handler.answer_schema import AnswerSchema, InvalidAnswerError
+from helpers.model_handler.engines import deadline
 from helpers.model_handler.engines.engine import Generated
 from helpers.model_handler.engines.torch_engine import TorchEngine
 from helpers.model_handler.language_model import WISH, LanguageModel
@@ -217,11 +218,9 @@ def test_numbers_that_cannot_be_checked_fail_their_answer_alone():
 
 
 def test_an_answer_of_white_space_costs_no_time():
-    began = time.monotonic()
-    for start in ("```json", "[", "{", ""):
+    for start in ("```json", "[", "{", ""):  # for hours, if each line were a beginning
         with pytest.raises(InvalidAnswerError):
-            AnswerSchema("{}").read(start + "\n" * 100_000 + "x")
-    assert time.monotonic() - began < 2
+            AnswerSchema("{}").read(start + "\n" * 1_000_000 + "x")
 
 
 def test_escapes_that_are_no_characters_stay_escapes():
@@ -270,19 +269,20 @@ def endless(tmp_path_factory):
 LONG = {"max_response_tokens": 200_000, "max_batch_tokens": 10**8, "max_response_seconds": 2.0}
 
 
+@pytest.fixture
+def ticking(monkeypatch):
+    """Limits of time by a clock that goes on 0.01 s each time it is asked, as an engine does at each step."""
+    ticks = itertools.count()
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: next(ticks) / 100)
+
+
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
-def test_a_response_without_an_end_is_ended_and_costs_its_neighbours_nothing(engine, endless):
+def test_a_response_without_an_end_is_ended_and_costs_its_neighbours_nothing(engine, endless, ticking):
     model = ModelSource(endless, dtype="float32", engine=engine).load()[0]
     prompts = [f"{n} x" for n in range(31)]
     prompts.insert(9, "y")
     model.ask(prompts, AnsweringOptions(max_response_tokens=2))  # whatever is done once
-    for _ in range(3):  # other work on the machine can only make it longer
-        began = time.monotonic()
-        answers = model.ask(prompts, AnsweringOptions(**LONG))
-        took = time.monotonic() - began
-        if took <= 2.4:
-            break
-    assert 2.0 <= took <= 2.4
+    answers = model.ask(prompts, AnsweringOptions(**LONG))
     late = answers.pop(9)
     assert isinstance(late, Failure)
     assert late.finish_reason == "time"
@@ -292,7 +292,7 @@ def test_a_response_without_an_end_is_ended_and_costs_its_neighbours_nothing(eng
     assert (cut.text, cut.finish_reason, cut.response_tokens) == ("yyyyy", "length", 5)
 
 
-def test_a_text_that_ends_responses_ends_them_in_company_too(endless):
+def test_a_text_that_ends_responses_ends_them_in_company_too(endless, ticking):
     """What follows is padding, of any length."""
     source = ModelSource(endless, dtype="float32", engine="torch")
     model = source.load()[0]
@@ -306,14 +306,12 @@ def test_a_text_that_ends_responses_ends_them_in_company_too(endless):
     assert (alone.text, alone.finish_reason) == ("aa", "stop")
 
 
-def test_ctranslate2_has_no_time_for_long_prompts_beside_short_ones(endless):
+def test_ctranslate2_has_no_time_for_long_prompts_beside_short_ones(endless, ticking):
     """Those are read a token a step, in which it is not asked for the time: so they are read apart."""
     model = ModelSource(endless, dtype="float32", engine="ctranslate2").load()[0]
     prompts = ["a y", "b" * 6000 + "y"]
     asked = AnsweringOptions(**LONG | {"max_response_seconds": 0.2})
-    began = time.monotonic()
     answers = model.ask(prompts, asked)
-    assert time.monotonic() - began < 4
     assert [answer.finish_reason for answer in answers] == ["time", "time"]
 
 
@@ -327,20 +325,18 @@ def test_a_prompt_of_one_token_leaves_the_answers_of_longer_ones_as_they_are(eng
 
 
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
-def test_an_encoder_decoder_has_the_limit_too(engine, tmp_path):
+def test_an_encoder_decoder_has_the_limit_too(engine, tmp_path, ticking):
     save_checkpoint("t5_distinct", tmp_path / "checkpoint")
     settings = GenerationConfig.from_pretrained(tmp_path / "checkpoint")
     settings.min_new_tokens = 150_000
     settings.save_pretrained(tmp_path / "checkpoint")
     convert(str(tmp_path / "checkpoint"), tmp_path / "m.pt", "float32", progress=False)
     model = ModelSource(str(tmp_path / "m.pt"), dtype="float32", engine=engine).load()[0]
-    began = time.monotonic()
     answers = model.ask(["a", "b"], AnsweringOptions(**LONG | {"max_response_seconds": 1.0}))
-    assert time.monotonic() - began < 4
     assert [answer.finish_reason for answer in answers] == ["time", "time"]
 
 
-def test_what_was_late_and_what_did_not_fit_are_counted(endless):
+def test_what_was_late_and_what_did_not_fit_are_counted(endless, ticking):
     import apache_beam as beam
     from apache_beam.ml.inference.base import RunInference
     from apache_beam.options.pipeline_options import PipelineOptions

@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
+from conftest import PATIENCE, wait_until
 from tiny_models import save_checkpoint
 from transformers import AutoTokenizer
 
@@ -59,10 +59,10 @@ def test_a_template_is_rendered_as_transformers_renders_it(tmp_path):
     )
     assert ChatTemplate(tokenizer).render(said(prompt), 10_000) == expected
     template = ChatTemplate(tokenizer)
-    started = time.monotonic()
-    for _ in range(200):
+    process = template._process
+    for _ in range(20):
         template.render(said("Hi"), 10_000)
-    assert time.monotonic() - started < 10, "a prompt must not wait for its template"
+    assert template._process is process, "a prompt must not wait for a process of its own"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_template_is_rendered_as_transformers_renders_it(tmp_path):
     ],
 )
 def test_a_template_that_exceeds_fails_its_prompt(template, error, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0 if "longer" in error else PATIENCE)
     hostile = ChatTemplate(tokenizer_of(tmp_path, template))
     for _ in range(2):  # the second has a process that lives, too
         with pytest.raises(TemplateError, match=error):
@@ -86,7 +86,7 @@ def test_a_template_that_exceeds_fails_its_prompt(template, error, tmp_path, mon
 
 
 def test_one_prompt_that_makes_its_template_loop_costs_the_others_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    monkeypatch.setattr(chat_template, "SECONDS", 10.0)
     model = load(
         tmp_path,
         "{% for m in messages %}{% if 'bad' in m.content %}{% for a in range(99999) %}"
@@ -96,7 +96,7 @@ def test_one_prompt_that_makes_its_template_loop_costs_the_others_nothing(tmp_pa
     assert isinstance(good, Response)
     assert isinstance(other, Response)
     assert isinstance(bad, Failure)
-    assert "longer than 1 s" in bad.error
+    assert "longer than 10 s" in bad.error
 
 
 def test_the_process_ends_with_its_template_and_with_its_parent(tmp_path):
@@ -118,11 +118,12 @@ def test_the_process_ends_with_its_template_and_with_its_parent(tmp_path):
         [sys.executable, "-c", program], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
     )
     child = psutil.Process(int(parent.stdout.readline()))
-    time.sleep(3)
+    before = child.cpu_times().user
+    wait_until(lambda: child.cpu_times().user > before + 2, "the template does not loop")
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    child.wait(timeout=20)
+    child.wait(timeout=PATIENCE)
 
 
 def test_a_panic_of_the_tokenizers_library_fails_its_prompt_only(tmp_path):

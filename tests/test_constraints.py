@@ -77,7 +77,7 @@ def resolve(python: str, constraints: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
     command += ["--python-version", python, "--constraint", constraints, ROOT / "requirements.txt"]
     # Not by way of the tests' local cloud, which refuses every host.
-    return subprocess.run(command, env=BEFORE, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=BEFORE, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("python", PYTHONS)

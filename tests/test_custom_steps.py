@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "custom_steps.py"
 
 
 def run_example(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, EXAMPLE, *arguments], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, EXAMPLE, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -59,15 +59,15 @@ def test_a_stream_has_the_steps_too(cloud, bucket, tmp_path):
     job = dataflow.Job(cloud.project, "us-central1", submitted.split()[-1])
     try:
         pubsub.publish(topics["m"], ["Hello", "write to a.b@example.org"])
-        answers = pubsub.collect(waiting["r"], 2, timeout=120)
+        answers = pubsub.collect(waiting["r"], 2, timeout=300)
         assert len(answers) == 2
         for one in answers:
             assert (one.attributes["is_cut"] == "yes") == (one.attributes["finish_reason"] == "length")
         pubsub.publish(topics["m"], ["a.b@example.org " + "x" * 3000])
-        [letter] = pubsub.collect(waiting["d"], 1, timeout=60)
+        [letter] = pubsub.collect(waiting["d"], 1, timeout=300)
         assert letter.data.startswith(b"[e-mail] xxx")
     finally:
-        job.cancel(timeout=60)
+        job.cancel(timeout=300)
         pubsub.delete(*topics.values(), *waiting.values())
 
 

@@ -185,7 +185,7 @@ def test_whoever_is_killed_leaves_nothing_that_is_used(state_dict, tmp_path):
 def test_two_processes_make_one(state_dict, tmp_path):
     cache = tmp_path / "cache"
     processes = [start(state_dict, cache, "slowly") for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
+    outputs = [process.communicate(timeout=300)[0].split() for process in processes]
     assert sorted("writing" in output for output in outputs) == [False, True]
     assert outputs[0][-1] == outputs[1][-1]
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows. CI has none: run `pytest tests/test_gpu.py` on a machine that does."""
+"""What only a GPU shows. CI has none: run `pytest -m gpu tests/test_gpu.py` on a machine that does."""
 
 import gc
 
@@ -15,7 +15,7 @@ from helpers.model_handler.engines.choice import choose
 from helpers.model_handler.engines.ctranslate2_engine import why_not_on_gpu
 from helpers.model_handler.served_model import ModelSource
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
 PROMPTS = ["Hi", "What is the capital of France?", "é", "Write one sentence about the sea.", "a b"]
 

@@ -3,12 +3,11 @@
 import multiprocessing
 import random
 import shutil
-import time
 from pathlib import Path
 
 import checkpoint_folders
 import pytest
-from conftest import wait_until
+from conftest import PATIENCE, wait_until
 from transformers import T5Config
 
 from helpers.files import storage, transfer
@@ -27,7 +26,7 @@ def t5(tmp_path_factory) -> Path:
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
-    """Twenty kills, spread over the time that a conversion takes, and then a rerun that succeeds."""
+    """Kills before the file is written, while it is, and when it is whole; then a rerun that succeeds."""
     # Large enough that much of the time goes into writing.
     config = T5Config(vocab_size=32_128, d_model=1024, d_ff=1024, num_layers=1, num_heads=16)
     model = write_random_checkpoint(config, tmp_path / "m")
@@ -35,42 +34,36 @@ def test_kill_9_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
     children = multiprocessing.get_context("forkserver")
     children.set_forkserver_preload(["helpers.load_state_dict.writing", "transformers.models.t5.modeling_t5"])
 
-    def start() -> tuple[multiprocessing.Process, float]:
+    def start() -> multiprocessing.Process:
         child = children.Process(target=convert, args=(str(model), path), kwargs={"progress": False})
         child.start()
-        return child, time.monotonic()
+        return child
 
     def written() -> int | None:
         """When the partial file was last written to, if there is one."""
         return partial_path(path).stat().st_mtime_ns if partial_path(path).exists() else None
 
-    start()[0].join(120)  # the fork server's own start
-    shutil.rmtree(tmp_path / "out")
-    child, began = start()
-    child.join(120)
-    duration = time.monotonic() - began
-    assert child.exitcode == 0
-    shutil.rmtree(tmp_path / "out")
-
     moments = random.Random(0)
-    killed = found_partial = found_whole = 0
-    for attempt in range(60):
-        if killed >= 20:
-            break
+    killed = found_partial = 0
+    for attempt in range(12):
         before = written()
-        child, _ = start()
-        child.join(moments.uniform(0, 1) * duration)
+        child = start()
+        if attempt % 3:  # the others end at any moment of their start
+            wait_until(
+                lambda child=child, before=before: written() not in (None, before) or not child.is_alive(),
+                "the conversion writes nothing",
+            )
+        child.join(moments.uniform(0, 0.1))
         killed += child.exitcode is None
         child.kill()
-        child.join(30)
+        child.join(PATIENCE)
         found_partial += written() not in (None, before)
         if path.exists():
             manifest = read_manifest(path)
             assert (path.stat().st_size, crc32c_of(path)) == (manifest.bytes, manifest.crc32c), attempt
-            found_whole += 1
             shutil.rmtree(tmp_path / "out")
-    assert killed >= 20, f"{found_whole} conversions ended before they were killed"
-    assert found_partial >= 5, "hardly a kill came while the file was being written"
+    assert killed >= 4, "conversions ended before they were killed"
+    assert found_partial >= 2, "hardly a kill came while the file was being written"
 
     convert(str(model), path, progress=False)
     assert {file.name for file in path.parent.iterdir()} == {"m", "m.pt"}
@@ -99,11 +92,10 @@ def test_kill_9_during_an_upload_leaves_nothing_at_the_destination_and_a_rerun_g
                 any(bucket.client.list_blobs(bucket, prefix="folder/m.pt.parts/")) or not child.is_alive()
             ),
             "the upload did not begin",
-            120,
         )
         child.join(moments.uniform(0, 0.05))
         child.kill()
-        child.join(30)
+        child.join(PATIENCE)
         if storage.exists(path):  # it was faster: then what is there is whole
             manifest = read_manifest(path)
             assert storage.size_and_crc32c(path) == (manifest.bytes, manifest.crc32c)

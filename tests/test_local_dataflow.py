@@ -94,7 +94,7 @@ class Jobs:
         self.ask(job_id, "DRAINED")
         self.wait_for(job_id, "DRAINED")
 
-    def wait_for(self, job_id, state, seconds=60):
+    def wait_for(self, job_id, state, seconds=300):
         end = time.monotonic() + seconds
         while (now := self.state(job_id)) != state:
             if now in ENDED or time.monotonic() > end:
@@ -139,9 +139,9 @@ class Messages:
     def publish(self, topic, texts):
         """Returns the messages' ids."""
         futures = [self._publisher.publish(topic, text.encode(), source="test") for text in texts]
-        return [future.result(60) for future in futures]
+        return [future.result(300) for future in futures]
 
-    def collect(self, subscription, count, seconds=60):
+    def collect(self, subscription, count, seconds=300):
         """Pulls and acknowledges until `count` messages have come or the time is up."""
         collected, end = [], time.monotonic() + seconds
         while len(collected) < count and time.monotonic() < end:
@@ -167,7 +167,7 @@ class Messages:
         self._subscriber.close()
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -470,7 +470,7 @@ def test_a_job_whose_workers_all_break_down_fails_and_leaves_no_subscription(job
     job_id = jobs.submit(build).job_id()
     jobs.wait_for(job_id, "RUNNING")
     pubsub.publish(prompts, ["deadly"])
-    jobs.wait_for(job_id, "FAILED", seconds=150)
+    jobs.wait_for(job_id, "FAILED", seconds=300)
     assert "on signal SIGKILL" in jobs.messages(job_id, "ERROR")[-1]
     assert pubsub.subscriptions() == before
 
@@ -696,4 +696,4 @@ time.sleep(600)
     assert psutil.pid_exists(pid)
     starter.kill()
     starter.wait()
-    wait_until(lambda: not psutil.pid_exists(pid), 30)
+    wait_until(lambda: not psutil.pid_exists(pid))

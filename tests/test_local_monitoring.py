@@ -26,7 +26,9 @@ def ask(project: str, filter_text: str, *, end: datetime | None = None, **more):
     end = end or datetime.now(UTC)
     interval = monitoring_v3.TimeInterval(start_time=end - timedelta(minutes=5), end_time=end)
     request = {"name": f"projects/{project}", "filter": filter_text, "interval": interval, **more}
-    return list(monitoring_v3.MetricServiceClient().list_time_series(request=request, timeout=10, retry=None))
+    return list(
+        monitoring_v3.MetricServiceClient().list_time_series(request=request, timeout=300, retry=None)
+    )
 
 
 def of(name: str) -> str:
@@ -80,4 +82,4 @@ def test_a_query_without_an_interval_is_invalid(cloud):
     client = monitoring_v3.MetricServiceClient()
     request = {"name": f"projects/{cloud.project}", "filter": of("monitored")}
     with pytest.raises(InvalidArgument, match="an interval with its end"):
-        list(client.list_time_series(request=request, timeout=10, retry=None))
+        list(client.list_time_series(request=request, timeout=300, retry=None))

@@ -42,13 +42,13 @@ def vertex_ai(cloud, bucket):
     aiplatform.init(project=cloud.project, location=LOCATION, staging_bucket=f"gs://{bucket.name}/staging")
 
 
-def run_to_the_end(job, timeout_seconds=None, wait_seconds=60):
+def run_to_the_end(job, timeout_seconds=None, wait_seconds=300):
     """Submits a job and waits for its end, without the SDK's polling every 5 s."""
     job.submit(timeout=timeout_seconds)
     return wait_for(job, ENDED, wait_seconds)
 
 
-def wait_for(job, states, seconds=60):
+def wait_for(job, states, seconds=300):
     end = time.monotonic() + seconds
     while job.state not in states:
         assert time.monotonic() < end, f"{job.resource_name} is still in {job.state}"
@@ -233,7 +233,7 @@ time.sleep(600)
     wait_until(lambda: not psutil.pid_exists(pid))
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -152,7 +152,7 @@ def run_alone(folder: Path, repository: str, revision: str = "main") -> subproce
     code = f"{ALONE}{cell}\nprint(notebook.__file__)"
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=settings, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=folder, env=settings, capture_output=True, text=True, timeout=300
     )
 
 

@@ -87,6 +87,7 @@ def test_05_predicts_measures_and_plans(tmp_path, cloud):
     checkpoint = tmp_path / "tiny"
     save_checkpoint("llama", checkpoint)
     shorter = {"rates": [5, 10], "sweep_seconds": 3, "burst_seconds": 3, "changes": [{"max_batch_size": 2}]}
+    shorter |= {"target_seconds": 600}  # on a busy machine, too, something keeps up
     done = execute("05", tmp_path, model_name=str(checkpoint), max_response_tokens=4, **shorter)
     assert len(shown(done, "predicted").splitlines()) == 4, "a head, and a line for each of three rates"
     assert "gone" in shown(done, "burst")
@@ -130,7 +131,7 @@ COMMAND = [sys.executable, "tools/run_notebooks.py", "--out", "out"]
 
 def test_a_broken_notebook_fails_the_run_and_says_where(tmp_path):
     series_of_one(tmp_path, "a = 1", "print(a)", "a / 0", "print('after')")
-    run = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 1
     assert "00_test failed in cell In [3]" in run.stdout
     assert "ZeroDivisionError: division by zero" in run.stdout
@@ -139,7 +140,7 @@ def test_a_broken_notebook_fails_the_run_and_says_where(tmp_path):
 
 def test_a_kernel_that_dies_fails_the_run_without_a_traceback(tmp_path):
     series_of_one(tmp_path, "a = 1", "import os; os.kill(os.getpid(), 9)")
-    run = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 1
     assert "00_test failed: DeadKernelError" in run.stdout
     assert "Traceback" not in run.stderr
@@ -167,21 +168,21 @@ def test_ctrl_c_leaves_no_process_and_nothing_half_written(tmp_path):
     # Without the tests' own local cloud, so that the notebook starts one.
     run = subprocess.Popen(COMMAND, cwd=tmp_path, env=BEFORE, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until((tmp_path / "pids").exists, "the notebook did not come to its second cell", 60)
+        wait_until((tmp_path / "pids").exists, "the notebook did not come to its second cell")
         processes = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=60)
+        _, said = run.communicate(timeout=300)
     finally:
         run.kill()
     assert run.returncode == 130
     assert "Interrupted in 00_test" in said
-    wait_until(lambda: not any(p.is_running() for p in processes), "a process is left", 15)
+    wait_until(lambda: not any(p.is_running() for p in processes), "a process is left")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_notebook_that_is_not_there_is_named():
     command = [sys.executable, RUN_NOTEBOOKS, "09_missing"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 2
     assert "09_missing.ipynb" in run.stderr
 

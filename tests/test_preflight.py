@@ -182,7 +182,7 @@ def test_the_command_line_takes_the_jobs_own_and_says_what_is_missing(ready, tmp
     command += [f"--responses-topic={ready['responses_topic']}-2", f"--model-name={ready['model_name']}"]
     command += [f"--state-dict-path={ready['state_dict_path']}", f"--project={ready['project']}"]
     command += [f"--region={LOCATION}", f"--temp_location={ready['temp_location']}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 1
     assert "1. topic" in done.stderr
     assert "gcloud pubsub topics create" in done.stderr

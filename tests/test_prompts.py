@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import llama, save_checkpoint
@@ -262,17 +263,13 @@ def test_a_field_that_is_asked_about_twice_is_cut_in_both_places(model):
     assert "\nSo, summarize: word word" in text
 
 
-def test_what_is_not_cut_and_leaves_no_room_costs_no_time(models):
-    import time
-
-    began = time.monotonic()
+def test_what_is_not_cut_and_leaves_no_room_is_refused_unread(models):
     record = options(template="{a} {b}", prompt_format="record", truncate=True)
     for name in ("t5", "ChatML"):
         told = [{"role": "system", "content": "x" * 5_000_000}, *CONVERSATION[2:]]
         for prompt in (told, {"a": "x" * 3_000_000, "b": "y" * 3_000_000}):
             [answer] = models[name][0].ask([prompt], record)
             assert "leaves no room beside what is not cut" in answer.error
-    assert time.monotonic() - began < 5
 
 
 def test_a_template_that_was_slow_once_still_takes_system_prompts(models, monkeypatch):
@@ -282,8 +279,9 @@ def test_a_template_that_was_slow_once_still_takes_system_prompts(models, monkey
     checked = models["ChatML"][0]
     encoder = Encoder(checked.tokenizer, checked.engine.config, False)
     asked = options(system_prompt="Be brief.")
+    stopped = {"error": "it took longer than it may", "was_stopped": True}
     with monkeypatch.context() as busy:
-        busy.setattr(chat_template, "SECONDS", 1e-9)
+        busy.setattr(chat_template._Process, "_answer", lambda *_: stopped)
         with pytest.raises(PromptError, match="longer than"):
             encoder.encode("Hi", asked)
     assert "<|start|>system\nBe brief." in checked.tokenizer.decode(encoder.encode("Hi", asked))
@@ -300,16 +298,20 @@ def test_a_model_that_cannot_be_asked_alike_does_not_take_over(models):
         chat.take_over(LanguageModel(chat.engine, plain))
 
 
-def test_a_conversation_of_very_many_turns_costs_no_time(model):
-    import time
+def test_a_conversation_of_very_many_turns_is_cut_in_few_steps(model, monkeypatch):
+    from helpers.model_handler import chat_template
 
+    monkeypatch.setattr(chat_template, "SECONDS", PATIENCE)
+    render, renders = chat_template.ChatTemplate.render, []
+    monkeypatch.setattr(
+        chat_template.ChatTemplate, "render", lambda *given: renders.append(1) or render(*given)
+    )
     turns = [{"role": role, "content": "x"} for _ in range(50_000) for role in ("user", "assistant")]
     turns.append({"role": "user", "content": "y"})
-    began = time.monotonic()
     [refused] = model.ask([turns], options())
     assert isinstance(refused, Failure)
     assert isinstance(model.ask([turns], options(truncate=True))[0], Response)
-    assert time.monotonic() - began < 20
+    assert len(renders) < 60
 
 
 BRACES = st.text(alphabet="{}ab.!:[]0 \x00\ud800é", max_size=12)

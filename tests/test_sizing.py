@@ -226,7 +226,7 @@ def test_an_unknown_name_ends_with_1_and_no_traceback():
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert run.returncode == 1
     assert "nobody/no-such-model" in run.stderr

@@ -93,19 +93,19 @@ class SlowLine:
 
 
 def test_an_upload_over_a_slow_line_takes_its_time(cloud, bucket, tmp_path, monkeypatch):
-    """Twelve seconds, with a limit of two for each block: limits follow progress."""
-    monkeypatch.setattr(transfer, "TIMEOUT", (2, 10))
+    """Longer than the limit for each block: limits follow progress."""
+    monkeypatch.setattr(transfer, "TIMEOUT", (8, 300))
     host, _, port = cloud.environment["HTTPS_PROXY"].removeprefix("http://").partition(":")
-    line = SlowLine((host, int(port)), 1_000_000)
+    line = SlowLine((host, int(port)), 500_000)
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, line.url)
     storage._client_of.cache_clear()
     file = tmp_path / "file"
-    file.write_bytes(os.urandom(12_000_000))
+    file.write_bytes(os.urandom(5_000_000))
     began = time.monotonic()
     try:
         storage.upload(file, f"gs://{bucket.name}/file")
-        assert time.monotonic() - began > 2 * transfer.TIMEOUT[0], "the line was not slow"
+        assert time.monotonic() - began > transfer.TIMEOUT[0], "the line was not slow"
         assert storage.size_and_crc32c(f"gs://{bucket.name}/file")[1] == transfer.crc32c_of(file)
     finally:
         storage._client_of.cache_clear()
@@ -291,7 +291,7 @@ def test_local_files_need_neither_googles_client_nor_credentials(tmp_path):
         "storage.download('b', 'c'); assert storage.read_bytes('c') == b'x'; "
         "assert 'google.cloud.storage' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
 
 
 @pytest.fixture
@@ -358,7 +358,7 @@ def test_a_second_writer_can_wait_for_the_first(tmp_path):
     written = []
 
     def write_too() -> None:
-        with whole_or_absent(tmp_path / "x", wait_seconds=30) as file:
+        with whole_or_absent(tmp_path / "x", wait_seconds=300) as file:
             written.append((tmp_path / "x").read_bytes())
             file.write(b"second")
 
@@ -366,7 +366,7 @@ def test_a_second_writer_can_wait_for_the_first(tmp_path):
         thread = threading.Thread(target=write_too)
         thread.start()
         file.write(b"first")
-    thread.join(30)
+    thread.join(300)
     assert written == [b"first"]
     assert (tmp_path / "x").read_bytes() == b"second"
 

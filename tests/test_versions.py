@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,14 @@ from tiny_models import save_checkpoint
 
 from helpers.files import storage
 from helpers.files.whole_file import FileBusyError, only_writer
-from helpers.load_state_dict import CompanionError, ReplacedError, convert, read_manifest, versions
+from helpers.load_state_dict import (
+    CompanionError,
+    ReplacedError,
+    conversion,
+    convert,
+    read_manifest,
+    versions,
+)
 from helpers.load_state_dict.manifest import companion_folder
 from helpers.model_handler import local_state_dict
 from helpers.model_handler.local_state_dict import fetch
@@ -125,7 +131,7 @@ def test_a_kill_at_any_step_of_an_overwriting_conversion_leaves_a_whole_version(
     for step in itertools.count(1):
         wanted = "other" if there == "one" else "one"
         child = start(convert_until, step, models[wanted], path, os.environ["XDG_CACHE_HOME"], True)
-        child.join(60)
+        child.join(300)
         there = version_at(path, whole, tmp_path / "cache")
         seen.add(there == wanted)
         if child.exitcode != -signal.SIGKILL:
@@ -143,7 +149,7 @@ def test_a_kill_at_any_step_of_a_first_conversion_leaves_nothing_or_a_whole_vers
 ):
     for step in itertools.count(1):
         child = start(convert_until, step, models["one"], path, os.environ["XDG_CACHE_HOME"], False)
-        child.join(60)
+        child.join(300)
         if child.exitcode != -signal.SIGKILL:
             break
         assert step < 100
@@ -188,7 +194,7 @@ def test_of_two_conversions_to_one_path_one_is_whole_and_the_other_is_told(
             both[attempt % 4 // 2].join(moments.uniform(0.1, 0.6))
             both[attempt % 4 // 2].kill()
         for child in both:
-            child.join(60)
+            child.join(300)
         codes = [child.exitcode for child in both]
         assert set(codes) <= {0, 3, -signal.SIGKILL}, codes
         if storage.exists(path):
@@ -360,15 +366,23 @@ def test_who_converts_at_the_same_time_to_the_same_path_waits_and_finds_it_done(
     path = f"gs://{bucket.name}/m.pt"
     upload = storage.upload
 
-    def slowly(file, target, *args, **kwargs):
+    is_told, is_busy = threading.Event(), conversion.is_busy
+
+    def look(*given):
+        if found := is_busy(*given):
+            is_told.set()
+        return found
+
+    def upload_later(file, target, *args, **kwargs):
         if str(target) == path:
-            time.sleep(2)
+            assert is_told.wait(300), "nobody else came"
         return upload(file, target, *args, **kwargs)
 
-    monkeypatch.setattr(storage, "upload", slowly)
+    monkeypatch.setattr(conversion, "is_busy", look)
+    monkeypatch.setattr(storage, "upload", upload_later)
     first = threading.Thread(target=convert, args=(models["one"], path), kwargs={"progress": False})
     first.start()
-    wait_until(lambda: list((tmp_path / "xdg").rglob("upload.lock")), "the first one did not begin", 30)
+    wait_until(lambda: list((tmp_path / "xdg").rglob("upload.lock")), "the first one did not begin")
     manifest = convert(models["one"], path)
     first.join()
     assert manifest == read_manifest(path)

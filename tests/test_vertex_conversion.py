@@ -135,14 +135,14 @@ class Terminal:
             self.said += (self.process.stdout.read() or b"").decode()
             return text in self.said
 
-        wait_until(appeared, f"{text!r} did not appear", 120)
+        wait_until(appeared, f"{text!r} did not appear")
 
     def __enter__(self) -> "Terminal":
         return self
 
     def __exit__(self, *_) -> None:
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(300)
         self.process.stdout.close()
         os.close(self.keyboard)
 
@@ -161,15 +161,15 @@ def test_ctrl_c_asks_whether_to_cancel(is_terminal, answer, goes_on, cloud, buck
     command += [f"--state-dict-path={path}", f"--project={cloud.project}", f"--bucket={bucket.name}"]
     command += [f"--location={LOCATION}"]
     with Terminal(command, is_terminal) as terminal:
-        terminal.wait_for("running after")
+        terminal.wait_for(" after ")  # its first state
         terminal.process.send_signal(signal.SIGINT)
         if is_terminal:
             terminal.wait_for("Cancel the job?")
             os.write(terminal.keyboard, answer)
         terminal.wait_for("the job goes on" if goes_on else "The job was cancelled")
-        assert terminal.process.wait(30) == 1
+        assert terminal.process.wait(300) == 1
     ended = {"JOB_STATE_SUCCEEDED", "JOB_STATE_CANCELLED", "JOB_STATE_FAILED"}
-    wait_until(lambda: jobs(cloud.project)[0].state.name in ended, "the job did not end", 120)
+    wait_until(lambda: jobs(cloud.project)[0].state.name in ended, "the job did not end")
     assert jobs(cloud.project)[0].state.name == ("JOB_STATE_SUCCEEDED" if goes_on else "JOB_STATE_CANCELLED")
     assert storage.exists(path) == goes_on
 

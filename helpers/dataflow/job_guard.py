@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -70,14 +71,25 @@ def start(project: str, location: str, job_id: str, minutes: float) -> subproces
     )
 
 
-def guard(project: str, location: str, job_id: str, drain_at: float) -> str:
+def guard(
+    project: str,
+    location: str,
+    job_id: str,
+    drain_at: float,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = time.sleep,
+) -> str:
     """Waits until the job has ended, and drains it at `drain_at`; returns its last state.
+
+    A clock that is set back or forward meanwhile changes nothing: the time that is left counts.
 
     Args:
         project: the id of the Google Cloud project.
         location: the region.
         job_id: the id of the job to guard.
         drain_at: when to drain it, in seconds since 1970.
+        now: a clock that only goes forward, in seconds.
+        sleep: waits for some seconds.
 
     Returns:
         The state in which the job ended, or `UNREACHABLE`.
@@ -89,21 +101,23 @@ def guard(project: str, location: str, job_id: str, drain_at: float) -> str:
     from helpers.dataflow.job import TERMINAL, Job
 
     job = Job(project, location, job_id)
-    began = last_seen = time.time()
+    began = last_seen = now()
+    end = began + drain_at - time.time()
     refused_since = None
     while True:
-        now = time.time()
+        moment = now()
         try:
             state = job.state(timeout=10)
-            last_seen, refused_since = now, None
+            last_seen, refused_since = moment, None
             if state == "UPDATED" and (successor := job.successor()):
-                job, drain_at = successor, deadline_of(successor, drain_at)
+                job, otherwise = successor, time.time() + end - moment
+                end = moment + deadline_of(successor, otherwise) - time.time()
                 continue
             if state in TERMINAL:
                 return state
-            if now >= drain_at + CANCEL_AFTER_DRAINING_SECONDS:
+            if moment >= end + CANCEL_AFTER_DRAINING_SECONDS:
                 job.request("CANCELLED")
-            elif now >= drain_at and state not in ("DRAINING", "CANCELLING"):
+            elif moment >= end and state not in ("DRAINING", "CANCELLING"):
                 # A job that has not started cannot drain, and has nothing to finish.
                 job.request("DRAINED" if state == "RUNNING" else "CANCELLED")
         except NotFound:
@@ -111,13 +125,13 @@ def guard(project: str, location: str, job_id: str, drain_at: float) -> str:
         except FailedPrecondition:  # it has just ended, or is changing its state
             pass
         except (GoogleAPICallError, GoogleAuthError):
-            refused_since = (refused_since or time.monotonic()) if _proxy_has_ended() else None
-            if refused_since and time.monotonic() - refused_since > PROXY_GONE_SECONDS:
+            refused_since = (refused_since or moment) if _proxy_has_ended() else None
+            if refused_since and moment - refused_since > PROXY_GONE_SECONDS:
                 return "UNREACHABLE"
-            if now - max(last_seen, drain_at) > UNREACHABLE_SECONDS:
+            if moment - max(last_seen, end) > UNREACHABLE_SECONDS:
                 return "UNREACHABLE"
-        pause = min(MOST_POLL_SECONDS, max(FEWEST_POLL_SECONDS, (now - began) / POLLS_OF_A_LIFETIME))
-        time.sleep(min(pause, max(drain_at - now, FEWEST_POLL_SECONDS)) if now < drain_at else pause)
+        pause = min(MOST_POLL_SECONDS, max(FEWEST_POLL_SECONDS, (moment - began) / POLLS_OF_A_LIFETIME))
+        sleep(min(pause, max(end - moment, FEWEST_POLL_SECONDS)) if moment < end else pause)
 
 
 def _proxy_has_ended() -> bool:

@@ -75,7 +75,7 @@ def job_options(**parameters: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[tqdm]:
+def progress(what: str, total: int | None = None, every: float = 1.0) -> Iterator[tqdm]:
     """A bar whose clock goes on while nothing arrives.
 
         with progress("answers", len(ids)) as bar:
@@ -84,13 +84,14 @@ def progress(what: str, total: int | None = None) -> Iterator[tqdm]:
     Args:
         what: what is waited for.
         total: how many, if that is known.
+        every: seconds between two looks at the clock.
     """
     form = None if total else "{desc}: {elapsed}"
     done = threading.Event()
     with tqdm(total=total, desc=what, bar_format=form, leave=False) as bar:
 
         def tick() -> None:
-            while not done.wait(1):
+            while not done.wait(every):
                 bar.refresh()
 
         ticking = threading.Thread(target=tick, daemon=True)
@@ -113,13 +114,14 @@ def quiet_interactive_beam() -> None:
     logging.getLogger("apache_beam.runners.interactive").setLevel(logging.WARNING)
 
 
-def prompt_box(ask: Callable[[str], str | None]) -> None:
+def prompt_box(ask: Callable[[str], str | None], now: Callable[[], float] = time.monotonic) -> None:
     """A text box under the cell: a prompt that is typed into it is asked, and its answer shown with its time.
 
     A run that nobody watches passes it by: nothing happens until somebody types.
 
     Args:
         ask: takes a prompt; returns its answer, or None if none came in time.
+        now: a clock, in seconds.
     """
     import ipywidgets
     from IPython.display import display
@@ -134,13 +136,13 @@ def prompt_box(ask: Callable[[str], str | None]) -> None:
             return
         text.disabled = button.disabled = True
         shown.value = "<i>asked, and waiting for the answer …</i>"
-        started = time.monotonic()
+        started = now()
         try:
             said = ask(prompt)
         except Exception as error:  # there is no cell to show it under
             shown.value = _paragraph(f"It could not be asked: {error}")
         else:
-            seconds = time.monotonic() - started
+            seconds = now() - started
             shown.value = _paragraph(
                 f"{said}\n({seconds:.1f} s)" if said is not None else f"No answer in {seconds:.0f} s."
             )
