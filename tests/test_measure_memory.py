@@ -5,33 +5,54 @@ import torch
 import transformers
 from transformers import T5Config
 
-from helpers.measuring.memory import MeasureError, measure_model
+from helpers.measuring.cpu import cpu_name
+from helpers.measuring.memory import MeasureError, Measurement, measure_model
 from helpers.measuring.process_memory import memory_of, run_and_measure
 from helpers.measuring.random_checkpoint import write_random_checkpoint
+from helpers.models import load_config
 from helpers.sizing.machine_types import GIB
+from helpers.sizing.model_memory import packed_bytes
 from helpers.sizing.sizes import WORKER_BYTES, size_model
 
 SMALL, BASE = "google/flan-t5-small", "google/flan-t5-base"
 
 
-@pytest.mark.parametrize("model", [SMALL, BASE])
-def test_predictions_are_within_a_tenth_of_what_is_measured(model, tmp_path):
+def compared(attempts: int = 3, **options) -> list[Measurement]:
+    """Predicted against measured, on whatever machine this is.
+
+    Memory is sampled every few milliseconds, so on a busy machine a sample may miss a peak, and none invents
+    one: where a prediction seems too high, it is measured again, and the higher figure counts.
+    """
     if torch.version.cuda:
         pytest.skip("the constants of helpers.sizing are those of torch's CPU build")
-    rows = measure_model(model, folder=tmp_path)
+    tries = []
+    for _ in range(attempts):
+        tries.append(measure_model(**options))
+        rows = [max(those, key=lambda row: row.measured) for those in zip(*tries, strict=True)]
+        if rows[0].source == "rss":
+            pytest.skip("this system does not tell anonymous memory from mapped files")
+        if all(row.error < 0.1 for row in rows):
+            break
+    for row in rows:
+        measured = [
+            one.measured
+            for those in tries
+            for one in those
+            if (one.method, one.phase) == (row.method, row.phase)
+        ]
+        assert abs(row.error) < 0.1, f"{row} on {cpu_name()}; measured: {measured}"
+    return rows
+
+
+@pytest.mark.parametrize("model", [SMALL])
+def test_predictions_are_within_a_tenth_of_what_is_measured(model, tmp_path):
+    rows = compared(model_name=model, folder=tmp_path)
     assert [(row.method, row.phase) for row in rows] == [
         ("sample", "convert"),
         ("sample", "serve"),
         ("project", "convert"),
         ("project", "serve"),
     ]
-    if rows[0].source == "rss":
-        pytest.skip("this system does not tell anonymous memory from mapped files")
-    if any(row.error >= 0.1 for row in rows):  # on a busy machine a sample may miss a peak, but invents none
-        again = measure_model(model, folder=tmp_path)
-        rows = [max(pair, key=lambda row: row.measured) for pair in zip(rows, again, strict=True)]
-    for row in rows:
-        assert abs(row.error) < 0.1, row
     served = rows[-1]  # mapped, with no copy beside it
     assert served.file_backed > size_model(model).weights_bytes["float16"]
     assert served.anonymous < WORKER_BYTES
@@ -39,19 +60,24 @@ def test_predictions_are_within_a_tenth_of_what_is_measured(model, tmp_path):
 
 
 def test_predictions_for_the_second_engine_are_within_a_tenth_too(tmp_path):
-    if torch.version.cuda:
-        pytest.skip("the constants of helpers.sizing are those of torch's CPU build")
     methods = ("ctranslate2-int8", "ctranslate2-float32")
     workload = {"batch_size": 16, "prompt_tokens": 128, "response_tokens": 16}
-    rows = measure_model(BASE, methods=methods, folder=tmp_path, **workload)
-    if rows[0].source == "rss":
-        pytest.skip("this system does not tell anonymous memory from mapped files")
-    if any(row.error >= 0.1 for row in rows):
-        again = measure_model(BASE, methods=methods, folder=tmp_path, **workload)
-        rows = [max(pair, key=lambda row: row.measured) for pair in zip(rows, again, strict=True)]
+    rows = compared(model_name=BASE, methods=methods, folder=tmp_path, **workload)
     assert [(row.method, row.phase) for row in rows] == [(method, "serve") for method in methods]
-    for row in rows:
-        assert abs(row.error) < 0.1, row
+
+
+def test_on_intels_processors_weights_are_counted_twice_while_they_are_packed():
+    """1.04 GB were predicted, and 1.25 measured, with flan-t5-base's shape in int8 on a Xeon with AMX, before
+    this was counted and what is freed was given back."""
+    options = {"engine": "ctranslate2", "compute_dtype": "int8", "batch_size": 16, "prompt_tokens": 128}
+    amd, intel = (
+        size_model(BASE, family=family, response_tokens=16, **options).serve for family in ("n2d", "n2")
+    )
+    assert amd.memory_bytes == pytest.approx(1.04e9, rel=0.01)
+    assert intel.memory_bytes - amd.memory_bytes == intel.parts["weights packed"]
+    assert WORKER_BYTES + 2 * 198e6 + 49e6 <= intel.memory_bytes < 1.25e9
+    copy, left = packed_bytes(load_config(BASE), 247_577_856, "int8")
+    assert (copy, left) == (pytest.approx(198.2e6, rel=0.001), 0)
 
 
 def test_a_random_checkpoint_is_an_ordinary_one_with_a_head_of_its_own(tmp_path):

@@ -10,8 +10,9 @@
     python -m helpers.dataflow image     build|requirements ARGUMENTS...
 
 JOB is a job's id or name. `reap` drains every job that these notebooks started; with `--overdue`, those whose
-`--max-run-minutes` are over. `preflight` takes the command line of `python -m helpers.pipeline`, which
-submits a job, and says what that job would miss. `image` builds the workers' image.
+`--max-run-minutes` are over. It exits with 1 if one is left, and sees the jobs of one region only.
+`preflight` takes the command line of `python -m helpers.pipeline`, which submits a job, and says what that
+job would miss. `image` builds the workers' image.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
 from helpers.dataflow import job_checks, worker_image
-from helpers.dataflow.job import Job, JobError
+from helpers.dataflow.job import TERMINAL, Job, JobError
 from helpers.dataflow.job_list import find_name, list_series, reap
 
 
@@ -87,8 +88,11 @@ def _run(arguments: argparse.Namespace) -> None:
         if not rows:
             print("No job of this series is under way there.", file=sys.stderr)
     elif arguments.command == "reap":
-        for listed, state in reap(*where, overdue_only=arguments.overdue):
+        found = reap(*where, overdue_only=arguments.overdue)
+        for listed, state in found:
             _print({"name": listed.name, "state": state, "job": listed.job.job_id})
+        if left := [listed.name for listed, state in found if state not in TERMINAL]:
+            raise JobError(f"{', '.join(left)} could not be drained, and goes on: cancel it, or try again.")
     else:
         job = find_name(*where, arguments.job) or Job(*where, arguments.job)
         if arguments.command == "watch":

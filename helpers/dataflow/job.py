@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -9,15 +10,43 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
+from google.api_core import exceptions
 from google.api_core.exceptions import FailedPrecondition
+from google.api_core.retry import Retry
 from google.cloud import dataflow_v1beta3 as dataflow
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from helpers.dataflow.job_status import Status, backlog
 
 Client = TypeVar("Client")
+
+
+def if_transient(error: BaseException) -> bool:
+    """Whether an error of a service passes by itself."""
+    return isinstance(
+        error,
+        exceptions.ServiceUnavailable
+        | exceptions.InternalServerError
+        | exceptions.DeadlineExceeded
+        | exceptions.TooManyRequests
+        | exceptions.Aborted,
+    )
+
+
 POLL_SECONDS = 1.0
+ASK_AGAIN_SECONDS = 15.0
+"""The time between two requests to drain a job that Dataflow does not let drain yet."""
+
+RETRY = Retry(predicate=if_transient, timeout=300)
+"""For questions, which change nothing: a service that is unavailable for some minutes ends no wait."""
+
+DERIVED = {"MIN", "MAX", "MEAN", "COUNT"}
+"""Scalars that Dataflow adds to each distribution, as NAME_MIN; Beam leaves them out as well."""
+
 TERMINAL = {"DONE", "FAILED", "CANCELLED", "DRAINED", "UPDATED"}
+UNDER_WAY = {"DRAINED": {"DRAINING", "CANCELLING"}, "CANCELLED": {"CANCELLING"}}
+
+
 Importance = dataflow.JobMessageImportance
 
 # What a worker that lacks a package says, and what to do about it.
@@ -81,12 +110,14 @@ class Job:
             job_id=self.job_id,
             view=dataflow.JobView.JOB_VIEW_ALL,
         )
-        return _client(dataflow.JobsV1Beta3Client).get_job(request=request, timeout=timeout)
+        client = _client(dataflow.JobsV1Beta3Client)
+        return client.get_job(request=request, timeout=timeout, retry=RETRY)
 
     def state(self, timeout: float = 60) -> str:
         """The job's state, for instance PENDING, RUNNING, DRAINING, DRAINED, FAILED, CANCELLED or UPDATED."""
         request = dataflow.GetJobRequest(project_id=self.project, location=self.location, job_id=self.job_id)
-        job = _client(dataflow.JobsV1Beta3Client).get_job(request=request, timeout=timeout)
+        client = _client(dataflow.JobsV1Beta3Client)
+        job = client.get_job(request=request, timeout=timeout, retry=RETRY)
         return job.current_state.name.removeprefix("JOB_STATE_")
 
     def successor(self) -> Job | None:
@@ -130,7 +161,12 @@ class Job:
     def counters(self) -> dict[str, int]:
         """The pipeline's own counters, for instance `response_tokens`, summed over its steps."""
         totals: dict[str, int] = {}
-        for metric in self._user_metrics():
+        metrics = list(self._user_metrics())
+        distributions = {metric.name.name for metric in metrics if metric.distribution}
+        for metric in metrics:
+            stem, _, suffix = metric.name.name.rpartition("_")
+            if stem in distributions and suffix in DERIVED:
+                continue  # the service's own, of a distribution
             if isinstance(metric.scalar, int | float):  # a distribution has no scalar
                 totals[metric.name.name] = totals.get(metric.name.name, 0) + int(metric.scalar)
         return totals
@@ -152,7 +188,8 @@ class Job:
         request = dataflow.GetJobMetricsRequest(
             project_id=self.project, location=self.location, job_id=self.job_id
         )
-        for metric in _client(dataflow.MetricsV1Beta3Client).get_job_metrics(request).metrics:
+        client = _client(dataflow.MetricsV1Beta3Client)
+        for metric in client.get_job_metrics(request, retry=RETRY).metrics:
             if metric.name.origin == "user" and "tentative" not in metric.name.context:
                 yield metric
 
@@ -235,34 +272,55 @@ class Job:
         Raises:
             JobError: the job failed, or is not drained in time.
         """
-        return self._stop("DRAINED", timeout)
+        return self.stop("DRAINED", timeout)
 
     def cancel(self, timeout: float = 300) -> str:
         """Stops at once, and returns the last state. Pub/Sub delivers again what was not answered."""
-        return self._stop("CANCELLED", timeout)
+        return self.stop("CANCELLED", timeout)
 
     def request(self, state: str) -> None:
         """Asks Dataflow to bring the job into a state, DRAINED or CANCELLED, and does not wait.
 
         Raises:
-            google.api_core.exceptions.FailedPrecondition: it has ended already.
+            google.api_core.exceptions.FailedPrecondition: it has ended already, or is too young to drain.
         """
         job = dataflow.Job(id=self.job_id, requested_state=dataflow.JobState[f"JOB_STATE_{state}"])
         request = dataflow.UpdateJobRequest(
             project_id=self.project, location=self.location, job_id=self.job_id, job=job
         )
-        _client(dataflow.JobsV1Beta3Client).update_job(request)
+        # Asking twice for the same state does no harm.
+        _client(dataflow.JobsV1Beta3Client).update_job(request, retry=RETRY)
 
-    def _stop(self, state: str, timeout: float) -> str:
-        try:
-            if (now := self.state()) in TERMINAL:
-                return now
-            self.request(state)
-        except FailedPrecondition:
-            if (now := self.state()) in TERMINAL:  # it ended just then
-                return now
-            raise
-        return self.wait_for(state, "DONE", timeout=timeout)
+    def stop(self, state: str, timeout: float) -> str:
+        """Brings the job into a state, DRAINED or CANCELLED, and returns the one in which it ended.
+
+        Dataflow refuses to drain a job that is young or is being updated, so it is asked again until the job
+        drains, ends, or the time is up. A job that has not begun has nothing to finish, and is cancelled.
+
+        Raises:
+            JobError: the job failed, or has not ended in time; the message says what it was asked for last.
+        """
+        deadline = time.monotonic() + timeout
+        refusal, asked_at = "", -math.inf
+        while (now := self.state()) not in TERMINAL:
+            moment = time.monotonic()
+            wanted = "CANCELLED" if now in ("PENDING", "QUEUED") else state
+            if now not in UNDER_WAY[wanted] and moment - asked_at >= ASK_AGAIN_SECONDS:
+                asked_at = moment
+                try:
+                    self.request(wanted)
+                    refusal = ""
+                except FailedPrecondition as error:
+                    refusal = f" Dataflow answered: {error.message}"
+            if moment >= deadline:
+                raise JobError(
+                    f"After {timeout:.0f} s the job is still {now}, not {state}.{refusal} It goes on, and "
+                    f"costs money: look at {self.url}, drain it again, or cancel it."
+                )
+            time.sleep(min(POLL_SECONDS, max(0.0, deadline - moment)))
+        if now == "FAILED":
+            raise JobError(f"The job ended as {now}. {self._why()}\nSee {self.url}")
+        return now
 
     def _why(self) -> str:
         errors = "\n".join(self.errors()[-3:])
@@ -274,7 +332,8 @@ class Job:
         request = dataflow.ListJobMessagesRequest(
             project_id=self.project, location=self.location, job_id=self.job_id, minimum_importance=minimum
         )
-        pages = list(_client(dataflow.MessagesV1Beta3Client).list_job_messages(request).pages)
+        client = _client(dataflow.MessagesV1Beta3Client)
+        pages = list(client.list_job_messages(request, retry=RETRY).pages)
         messages = [message for page in pages for message in page.job_messages]
         events = [event for page in pages for event in page.autoscaling_events]
         latest = max(events, key=lambda event: event.time, default=None)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
 from apache_beam.options.pipeline_options import GoogleCloudOptions
-from google.api_core.exceptions import FailedPrecondition, NotFound
+from google.api_core.exceptions import NotFound
 from google.cloud import dataflow_v1beta3 as dataflow
 
-from helpers.dataflow.job import Job, JobError
+from helpers.dataflow.job import RETRY, Job, JobError
 from helpers.dataflow.job_guard import DRAIN_LABEL
 from helpers.files.labels import SERIES
 
@@ -69,7 +69,7 @@ def list_active(project: str, location: str) -> list[ListedJob]:
     )
     found = []
     try:
-        for summary in client.list_jobs(request, timeout=60):
+        for summary in client.list_jobs(request, timeout=60, retry=RETRY):
             job = Job(project, location, summary.id)
             # Dataflow lists summaries, which may come without labels.
             labels = dict(summary.labels) or dict(job.describe().labels)
@@ -124,24 +124,18 @@ def reap(
         project: the id of the Google Cloud project.
         location: the region.
         overdue_only: whether to drain only those whose time is up.
-        timeout: seconds to wait for all of them; a job not drained by then goes on draining.
+        timeout: seconds to wait; until then, a job that is not ready to drain is asked again.
 
     Returns:
-        Each job, and the state that it is in.
+        Each job, and the state that it is in: one that is not of `TERMINAL` goes on, and costs money.
     """
     jobs = [one for one in list_series(project, location) if one.overdue or not overdue_only]
-    for listed in jobs:
-        with contextlib.suppress(FailedPrecondition):  # it has ended since it was listed
-            if listed.state == "RUNNING":
-                listed.job.request("DRAINED")
-            elif listed.state not in ("DRAINING", "CANCELLING"):
-                listed.job.request("CANCELLED")  # it has not begun, and has nothing to finish
-    deadline = time.monotonic() + timeout
-    ended = []
-    for listed in jobs:
+
+    def stop(listed: ListedJob) -> tuple[ListedJob, str]:
         try:
-            left = max(0.0, deadline - time.monotonic())
-            ended.append((listed, listed.job.wait_for("DRAINED", "CANCELLED", "DONE", timeout=left)))
+            return listed, listed.job.stop("DRAINED", timeout)
         except JobError:
-            ended.append((listed, listed.job.state()))
-    return ended
+            return listed, listed.job.state()
+
+    with ThreadPoolExecutor(max(1, len(jobs))) as each:
+        return list(each.map(stop, jobs))

@@ -22,7 +22,7 @@ from helpers.load_state_dict.custom_job import CustomJobError, CustomJobGoesOnEr
 from helpers.load_state_dict.engine_file.description import ENGINE, in_place
 from helpers.load_state_dict.manifest import Manifest, read_manifest
 from helpers.models.checkpoint_files import checkpoint_files
-from helpers.sizing import machine_types
+from helpers.sizing.services import check_vertex_training
 from helpers.sizing.sizes import MINIMUM_CONVERT_DISK_GB, size_model
 from helpers.sizing.this_machine import machine_memory_bytes
 
@@ -98,7 +98,8 @@ def vertex(
         bucket: the name of a bucket for the job's files, best in the same region.
         location: a region, such as us-central1.
         job_name: shown in the console; "Load MODEL" by default.
-        machine_type: a Compute Engine machine type; by default what `helpers.sizing` finds sufficient.
+        machine_type: one that Vertex AI's custom jobs can have; by default what `helpers.sizing` finds
+            sufficient.
         disk_size_gb: in GB, at least 100; by default what sizing finds sufficient.
         dtype: float16, bfloat16 or float32.
         image: a container image with Python 3.11 or newer, and pip, that Vertex AI can pull.
@@ -115,7 +116,7 @@ def vertex(
         The manifest of the state dict.
 
     Raises:
-        ValueError: an invalid path, dtype, disk, timeout or model.
+        ValueError: an invalid path, dtype, machine type, disk, timeout or model.
         FileExistsError: there is another state dict at the path, and `overwrite` is False.
         FileNotFoundError, PermissionError, StorageError: the bucket does not exist, or cannot be used.
         CustomJobError: the job could not be started, failed, was cancelled, or ran out of time.
@@ -138,11 +139,11 @@ def vertex(
         if checkpoint:  # left by a job that nobody waited for
             storage.delete_folder(checkpoint)
         return manifest
+    if machine_type:
+        check_vertex_training(machine_type)
     storage.check_writable(f"gs://{bucket}/packages")
     sizing = size_model(model_name, dtype=dtype)
     needed = sizing.convert
-    if machine_type:
-        machine_types.check_machine_type(machine_type)
     machine_type = machine_type or needed.machine.name
     if not disk_size_gb:
         more = sizing.weights_bytes.get(engine_file, sizing.parameters) if engine_file else 0

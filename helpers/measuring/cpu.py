@@ -22,6 +22,15 @@ def kind_of_cpu() -> str:
     return "AVX512" if has.get("avx512") or has.get("avx512_f") else "AVX2"
 
 
+def vendor() -> str:
+    """The maker's name as the processor gives it, such as GenuineIntel; empty where the system hides it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    except (OSError, StopIteration):
+        return ""
+
+
 def cpu_name() -> str:
     """As the system has it."""
     try:

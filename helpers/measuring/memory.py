@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from helpers.measuring.cpu import vendor
 from helpers.measuring.process_memory import MeasureError, Peak, run_and_measure
 from helpers.measuring.random_checkpoint import write_random_checkpoint
 from helpers.model_handler.hardware import choose_dtype
@@ -142,7 +143,9 @@ def measure_model(
 
 def _sizing_of(method: str, dtypes: dict[str, str]) -> dict[str, str]:
     if method in ENGINE_METHODS:
-        return {"engine": "ctranslate2", "compute_dtype": ENGINE_METHODS[method]}
+        # CTranslate2 packs weights on Intel's processors: a family that has this machine's kind.
+        family = "n2" if vendor() == "GenuineIntel" else "n2d"
+        return {"engine": "ctranslate2", "compute_dtype": ENGINE_METHODS[method], "family": family}
     return {"method": method, "dtype": dtypes[method]}
 
 

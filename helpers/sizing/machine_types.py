@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 CATALOGUE_DATE = "2025-05"
@@ -141,9 +141,17 @@ CATALOGUE: dict[str, MachineType] = {machine.name: machine for machine in (*_gen
 CPU_FAMILIES = tuple(_GENERAL_PURPOSE)
 GPU_FAMILIES = ("g2", "a2", "a3")
 
-# Every machine of these families computes in bfloat16 (Intel Sapphire Rapids or newer: AVX512-BF16 and AMX).
-# The others may be, or always are, of older generations that have no such instructions.
-BFLOAT16_FAMILIES = frozenset({"n4", "c3", "c4", *GPU_FAMILIES})
+# Families whose machines are known to compute in bfloat16: C3 has Sapphire Rapids, and AMX was measured on
+# C4. N4 has Emerald Rapids, which can, but no source tells whether its virtual machines may. Sizing counts 4
+# bytes a weight there until a worker's log has told (`helpers.model_handler` writes one at start). Whatever
+# the family, a worker asks its own processor.
+BFLOAT16_FAMILIES = frozenset({"c3", "c4", *GPU_FAMILIES})
+
+# Families whose processors are Intel's; E2's may be.
+INTEL_FAMILIES = frozenset({"e2", "n2", "n4", "c3", "c4"})
+
+# GPU families that anyone with the quota can start; A3 needs a reservation, or is Spot or Flex-start.
+ON_DEMAND_GPU_FAMILIES = ("g2", "a2")
 
 # Below this a machine has no room for the operating system beside a Python worker with torch: highcpu types
 # of 2 or 4 GB are never proposed. It is also the smallest machine of the published sample's tables.
@@ -195,7 +203,13 @@ def check_machine_type(name: str) -> None:
     raise MachineTypeError(f"There is no machine type {name!r}{hint or ': one is called n4-standard-4'}.")
 
 
-def smallest(memory_bytes: int, *, family: str = "n4", headroom: float = 0.0) -> MachineType:
+def smallest(
+    memory_bytes: int,
+    *,
+    family: str = "n4",
+    headroom: float = 0.0,
+    among: Collection[str] | None = None,
+) -> MachineType:
     """The machine type of a CPU family that has enough memory and the fewest vCPUs.
 
     If several have equally few, the one with the least memory. vCPUs come first because one costs several
@@ -206,6 +220,7 @@ def smallest(memory_bytes: int, *, family: str = "n4", headroom: float = 0.0) ->
         memory_bytes: what must fit.
         family: one of `CPU_FAMILIES`.
         headroom: share of the machine's memory to leave free, from 0 up to 1.
+        among: the names to choose from, such as those that a service accepts; by default all.
 
     Raises:
         MachineTypeError: an unknown family, a headroom out of range, or no machine that is large enough.
@@ -224,6 +239,7 @@ def smallest(memory_bytes: int, *, family: str = "n4", headroom: float = 0.0) ->
         for machine in CATALOGUE.values()
         if machine.family == family
         and machine.memory_gb >= MINIMUM_MEMORY_GB
+        and (among is None or machine.name in among)
         and machine.memory_bytes * (1 - headroom) > memory_bytes
     ]
     if fitting:
@@ -248,7 +264,7 @@ def smallest_gpu(
 
     Args:
         gpu_memory_bytes: what must fit into one GPU.
-        family: one of `GPU_FAMILIES`; all of them by default.
+        family: one of `GPU_FAMILIES`; those that need no reservation by default.
         headroom: share of the GPU's (and the machine's) memory to leave free, from 0 up to 1.
         host_memory_bytes: what must fit into the machine's own memory.
 
@@ -262,7 +278,7 @@ def smallest_gpu(
     fitting = [
         machine
         for machine in _GPU
-        if family in (None, machine.family)
+        if machine.family in ((family,) if family else ON_DEMAND_GPU_FAMILIES)
         and machine.gpu_memory_bytes * (1 - headroom) > gpu_memory_bytes
         and machine.memory_bytes * (1 - headroom) > host_memory_bytes
     ]
@@ -312,7 +328,8 @@ def _next_family(memory_bytes: int, headroom: float) -> str:
     if not roomy:
         return (
             "No family in this catalogue has such a machine: choose a smaller model, or one of Compute "
-            "Engine's memory-optimized types (https://cloud.google.com/compute/docs/memory-optimized-machines)."
+            "Engine's memory-optimized types
+            (https://cloud.google.com/compute/docs/memory-optimized-machines)."
         )
     best = min(roomy, key=lambda machine: machine.memory_gb)
     return f"Use the {best.family} family, which goes up to {best.memory_gb} GB ({best.name})."

@@ -16,14 +16,15 @@ from typing import Any
 
 from helpers.models import load_config
 from helpers.models.dtypes import DTYPE_BYTES, dtype_name
-from helpers.sizing import machine_types
-from helpers.sizing.machine_types import MachineType
+from helpers.sizing import machine_types, services
+from helpers.sizing.machine_types import MachineType, MachineTypeError
 from helpers.sizing.model_memory import (
     ParameterCount,
     SizingError,
     activation_bytes,
     dtype_bytes,
     kv_cache_bytes,
+    packed_bytes,
     parameter_count,
 )
 
@@ -67,13 +68,18 @@ SYSTEM_DISK_BYTES = 25_000_000_000
 MINIMUM_CONVERT_DISK_GB = 100  # Vertex AI's minimum for a boot disk
 CONVERT_DISK_STEP_GB = 50
 
-# The families to convert and to serve on. E2 is the cheapest. N4 computes in bfloat16, serves Dataflow jobs
-# that use Streaming Engine, and starts at 2 vCPUs.
+# The families to convert and to serve on. E2 is the cheapest. N4 serves Dataflow jobs that use Streaming
+# Engine, and starts at 2 vCPUs.
 FAMILIES = {"project": ("e2", "n4"), "sample": ("e2", "n2")}
 
 # Left free for the operating system and for Dataflow's own processes. The published tables leave nothing
 # free, but count a machine's GB as 10**9 bytes, 7 % less than it has.
 HEADROOM = {"project": 0.15, "sample": 1 - 10**9 / machine_types.GIB}
+
+# An allowance as well, for Dataflow's own processes on a worker: the runner's harness, containers, logging.
+# Google's sample went from 8 to 16 GB for its smallest models because of "the rest of the memory used by each
+# worker". To be measured on a first real worker: docs/first_real_run.md.
+SERVICE_BYTES = {"project": 2_000_000_000, "sample": 0}
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def size_model(
             once per process.
         family: the machine family to serve on, which may be a GPU family; by default `FAMILIES`.
         convert_family: the machine family to convert on.
-        headroom: share of the machine's memory left free; `HEADROOM` by default.
+        headroom: share of the machine's memory left free; `HEADROOM` by default. `SERVICE_BYTES` come on top.
         price_per_hour: the serving machine's price, or prices by machine type.
         engine: what serves, with the project's method: one of `ENGINES`; by default torch, unless it is to
             compute in int8.
@@ -198,7 +204,7 @@ def size_model(
     download = count.checkpoint * (4 if method == "sample" else _published_bytes(config))
     disk_gb = disk_size_gb(download + count.checkpoint * stored_bytes)
     memory, parts, peak = _convert(method, count, stored_bytes)
-    machine = machine_types.smallest(memory, family=convert_family or default_convert, headroom=headroom)
+    machine = _converting_machine(memory, method, convert_family or default_convert, headroom)
     convert = Phase(memory, parts, peak, machine, disk_gb)
 
     if method == "sample" and (engine or compute_dtype):
@@ -220,7 +226,9 @@ def size_model(
         weights = count.checkpoint * 4
         loading = count.built * 4 + count.checkpoint * stored_bytes
         peak = processes * (WORKER_BYTES + max(loading, count.built * 4 + cache + activations))
-        serve = Phase(weights, {"weights": weights}, peak, _machine(weights, family, headroom, processes))
+        serve = Phase(
+            weights, {"weights": weights}, peak, _machine(method, weights, family, headroom, processes)
+        )
     else:
         weights = count.checkpoint * COMPUTE_BYTES[compute_dtype]
         each = {"KV cache": cache, "activations": activations}
@@ -232,8 +240,17 @@ def size_model(
             parts = {"weights": weights if engine == "torch" else processes * weights}
             each["Python worker"] = WORKER_BYTES
         parts |= {name: processes * size for name, size in each.items()}
+        if engine == "ctranslate2" and family not in (
+            *machine_types.GPU_FAMILIES,
+            *machine_types.AMD_FAMILIES,
+        ):
+            # Intel's processors, or perhaps: the largest of the two moments counts.
+            copy, left = packed_bytes(config, count.checkpoint, compute_dtype)
+            serving = sum(parts.values()) + processes * left
+            loading = processes * (WORKER_BYTES + weights + copy)
+            parts["weights packed"] = max(serving, loading) - sum(parts.values())
         memory = sum(parts.values())
-        serve = Phase(memory, parts, memory, _machine(memory, family, headroom, processes))
+        serve = Phase(memory, parts, memory, _machine(method, memory, family, headroom, processes))
 
     return Sizing(
         model_name=model_name,
@@ -280,11 +297,26 @@ def _convert(method: str, count: ParameterCount, stored_bytes: int) -> tuple[int
     return sum(parts.values()), parts, SCRIPT_BYTES + parts["converted copy"]
 
 
-def _machine(memory: int, family: str, headroom: float, processes: int) -> MachineType:
+def _converting_machine(memory: int, method: str, family: str, headroom: float) -> MachineType:
+    """The smallest machine of a family that a Vertex AI custom job can have.
+
+    The sample's table was not checked against that: it has e2-standard-2, where Vertex AI takes
+    e2-standard-4.
+    """
+    if method == "sample":
+        return machine_types.smallest(memory, family=family, headroom=headroom)
+    if family not in services.VERTEX_TRAINING_FAMILIES and family in machine_types.CPU_FAMILIES:
+        raise MachineTypeError(
+            f"Vertex AI's custom jobs have no {family} machines: convert on e2 or n2, whatever serves."
+        )
+    return machine_types.smallest(memory, family=family, headroom=headroom, among=services.VERTEX_TRAINING)
+
+
+def _machine(method: str, memory: int, family: str, headroom: float, processes: int) -> MachineType:
     """The smallest machine of a family to serve on, by its own memory or by its GPU's."""
     if family not in machine_types.GPU_FAMILIES:
-        return machine_types.smallest(memory, family=family, headroom=headroom)
-    host = processes * (WORKER_BYTES + CUDA_CONTEXT_BYTES)
+        return machine_types.smallest(memory + SERVICE_BYTES[method], family=family, headroom=headroom)
+    host = processes * (WORKER_BYTES + CUDA_CONTEXT_BYTES) + SERVICE_BYTES[method]
     return machine_types.smallest_gpu(memory, family=family, headroom=headroom, host_memory_bytes=host)
 
 

@@ -7,11 +7,13 @@ share it. On a GPU it computes with CUDA 12's cuBLAS, which is a package of its 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +147,7 @@ class CTranslate2Engine:
                 compute_type=COMPUTE_TYPES[device.type][file.dtype],
                 intra_threads=threads,
             )
+            _give_back_freed_memory()
             self.rows = len(json.loads(next(folder.glob("*vocabulary.json")).read_text()))
             difference = self._difference_from(file)
         except (RuntimeError, ValueError, OSError, StopIteration) as error:
@@ -260,6 +263,14 @@ class CTranslate2Engine:
         theirs = torch.tensor(sample.log_probabilities)
         deviation = max(float(theirs.std()), LEAST_DEVIATION)
         return float((torch.tensor(ours) - theirs).abs().mean()) / deviation
+
+
+def _give_back_freed_memory() -> None:
+    """Returns what was freed to the system. On Intel's processors CTranslate2 packs all weights while it
+    loads, and frees the first copy, which glibc would keep: as much as the weights themselves."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _asking(deadline: Deadline) -> Callable[[Any], bool]:
