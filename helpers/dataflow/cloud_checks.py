@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 
-from helpers.files import storage
+from helpers.files import access, storage
+
+if TYPE_CHECKING:
+    from google.auth.transport.requests import AuthorizedSession
 
 OK, MISS, SKIPPED = "ok", "miss", "skipped"
-APIS = (
-    "dataflow.googleapis.com",
-    "pubsub.googleapis.com",
-    "storage.googleapis.com",
-    "compute.googleapis.com",
+# What a job cannot do without; the notebooks need more (`helpers.files.access`).
+APIS = tuple(
+    f"{name}.googleapis.com" for name in ("dataflow", "compute", "pubsub", "storage", "logging", "monitoring")
 )
 CALL_SECONDS = 20
-# Needed by the account that submits. Creating a job starts workers under another account, hence actAs.
+# Of the account that submits, on the project; those for buckets and topics are tried on these. Creating a job
+# starts workers under another account, hence actAs, which Google advises to grant on that account alone.
+ACT_AS = "iam.serviceAccounts.actAs"
 PROJECT_PERMISSIONS = (
-    "dataflow.jobs.create",
-    "dataflow.jobs.get",
-    "dataflow.jobs.list",
-    "dataflow.jobs.updateContents",
-    "iam.serviceAccounts.actAs",
+    *(name for name in access.permissions(access.YOU, "series") if name.startswith("dataflow.")),
+    ACT_AS,
 )
 
 
@@ -52,12 +53,9 @@ class Finding:
 def check_apis(project: str) -> Iterator[Finding]:
     subject = "APIs"
     try:
-        import google.auth
-        from google.auth.transport.requests import AuthorizedSession
         from requests import RequestException
 
-        credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
-        answer = AuthorizedSession(credentials).get(
+        answer = session_of(project).get(
             f"https://serviceusage.googleapis.com/v1/projects/{project}/services:batchGet",
             params={"names": [f"projects/{project}/services/{api}" for api in APIS]},
             timeout=CALL_SECONDS,
@@ -71,8 +69,9 @@ def check_apis(project: str) -> Iterator[Finding]:
         return
     enabled = {one["name"].rpartition("/")[2] for one in services if one.get("state") == "ENABLED"}
     if missing := sorted(set(APIS) - enabled):
-        command = f"gcloud services enable {' '.join(missing)} --project={project}"
-        yield Finding(subject, MISS, f"not enabled: {', '.join(missing)}", command)
+        yield Finding(
+            subject, MISS, f"not enabled: {', '.join(missing)}", access.enable_command(project, missing)
+        )
     else:
         yield Finding(subject)
 
@@ -82,32 +81,108 @@ def check_permissions(project: str) -> Iterator[Finding]:
     try:
         from google.cloud import resourcemanager_v3
 
-        granted = resourcemanager_v3.ProjectsClient().test_iam_permissions(
+        client = resourcemanager_v3.ProjectsClient(client_options={"quota_project_id": project})
+        granted = client.test_iam_permissions(
             resource=f"projects/{project}", permissions=list(PROJECT_PERMISSIONS), timeout=CALL_SECONDS
         )
     except (GoogleAPICallError, GoogleAuthError, ImportError) as error:
         yield Finding(subject, SKIPPED, f"Resource Manager could not be asked: {said(error)}")
         return
-    if missing := sorted(set(PROJECT_PERMISSIONS) - set(granted.permissions)):
-        roles = " and ".join(
-            role
-            for role, prefix in (("dataflow.developer", "dataflow"), ("iam.serviceAccountUser", "iam"))
-            if any(one.startswith(prefix) for one in missing)
-        )
+    missing = [name for name in PROJECT_PERMISSIONS if name not in granted.permissions]
+    if missing == [ACT_AS]:
         yield Finding(
             subject,
-            MISS,
-            f"the account in use lacks {', '.join(missing)}",
-            f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=ROLE, "
-            f"with {roles} (roles/...)",
+            SKIPPED,
+            f"{ACT_AS} is not granted on the project; on the workers' account, not asked here, it is enough",
         )
+    elif missing:
+        commands = [access.grant_command(project, role) for role in access.roles_for(missing)]
+        yield Finding(subject, MISS, f"the account in use lacks {', '.join(missing)}", " && ".join(commands))
     else:
         yield Finding(subject)
 
 
+def session_of(project: str) -> AuthorizedSession:
+    """A session for services that have no client here, whose calls are the project's own.
+
+    Raises:
+        google.auth.exceptions.GoogleAuthError: there are no credentials.
+    """
+    import google.auth
+    from google.auth.transport.requests import AuthorizedSession
+
+    # Credentials of a person belong to no project, and several services refuse calls that none is named for.
+    credentials, _ = google.auth.default(
+        scopes=["https://www.googleapis.com/auth/cloud-platform"], quota_project_id=project
+    )
+    return AuthorizedSession(credentials)
+
+
+def check_compute(
+    project: str, location: str, machine_type: str, gpu: str, has_network: bool
+) -> Iterator[Finding]:
+    """Asks Compute Engine for what fails a job minutes after it was submitted: a region without the machine,
+    no quota for its GPU, no network.
+
+    Args:
+        project: the project's id.
+        location: the region.
+        machine_type: of the workers.
+        gpu: the type of its GPU, or empty.
+        has_network: whether the job names a network of its own.
+    """
+    root = f"https://compute.googleapis.com/compute/v1/projects/{project}"
+    try:
+        from requests import RequestException
+
+        session = session_of(project)
+
+        def ask(path: str, **parameters: str) -> dict | None:
+            answer = session.get(f"{root}/{path}", params=parameters, timeout=CALL_SECONDS)
+            if answer.status_code == 404:
+                return None
+            if not answer.ok:
+                raise ValueError(f"status {answer.status_code}")
+            return answer.json()
+
+        found = ask("aggregated/machineTypes", filter=f"name={machine_type}") or {}
+        quotas = (ask(f"regions/{location}") or {}).get("quotas", []) if gpu else []
+        network = True if has_network else ask("global/networks/default")
+    except (GoogleAuthError, RequestException, ValueError) as error:
+        yield Finding("Compute Engine", SKIPPED, f"it could not be asked for {machine_type}: {error}")
+        return
+    zones = [name for name, zone in found.get("items", {}).items() if zone.get("machineTypes")]
+    subject = f"{machine_type} in {location}"
+    if any(name.startswith(f"zones/{location}-") for name in zones):
+        yield Finding(subject)
+    else:
+        elsewhere = sorted({name.removeprefix("zones/").rpartition("-")[0] for name in zones})
+        mend = f"choose another region, such as {', '.join(elsewhere[:3])}, or --machine_type=n2-standard-2"
+        yield Finding(subject, MISS, "no zone of the region has it", mend if elsewhere else "choose another")
+    if gpu:
+        metric = f"{gpu.removeprefix('nvidia-').removeprefix('tesla-').replace('-', '_').upper()}_GPUS"
+        limit = next((one["limit"] for one in quotas if one.get("metric", "").endswith(metric)), None)
+        if limit == 0:
+            yield Finding(
+                f"quota for {gpu}",
+                MISS,
+                f"it is 0 in {location}, as in every new project",
+                f"https://console.cloud.google.com/iam-admin/quotas?project={project}: ask for {metric}",
+            )
+        else:
+            yield Finding(f"quota for {gpu}", OK if limit else SKIPPED, f"{limit or 'not known'}")
+    if network is None:
+        yield Finding(
+            "network default",
+            MISS,
+            "the project has none",
+            "give --subnetwork=regions/REGION/subnetworks/NAME",
+        )
+
+
 def check_bucket(name: str, path: str, project: str, location: str) -> Iterator[Finding]:
     subject = f"bucket {name}"
-    create = f"gcloud storage buckets create gs://{name} --project={project} --location={location}"
+    create = access.make_bucket_command(name, project, location)
     try:
         from google.cloud import storage as client_library
 
@@ -126,8 +201,8 @@ def check_bucket(name: str, path: str, project: str, location: str) -> Iterator[
             subject,
             MISS,
             f"it is in {bucket.location}, and the job in {location}: starts are slow, and traffic is billed",
-            f"gcloud storage buckets create gs://{name}-{location} --project={project} "
-            f"--location={location}, and give that one; or run the job in {bucket.location.lower()}",
+            f"{access.make_bucket_command(f'{name}-{location}', project, location)}, and give that one; or "
+            f"run the job in {bucket.location.lower()}",
         )
     try:
         storage.check_writable(path if path.count("/") > 2 else f"{path}/x")

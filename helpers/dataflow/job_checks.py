@@ -6,8 +6,7 @@ It takes the command line of `helpers.pipeline`, and submits nothing. What it ca
 account in use is not allowed to or the local cloud has no such service, it reports as skipped, not as a miss.
 
 The permissions are those of the account in use. Those of the workers' own account cannot be checked by
-others: it needs roles/dataflow.worker, roles/storage.objectUser on the buckets, roles/pubsub.subscriber and
-roles/pubsub.publisher.
+others: `helpers.files.access` lists its roles.
 """
 
 from __future__ import annotations
@@ -23,10 +22,12 @@ from google.auth.exceptions import GoogleAuthError
 from helpers.dataflow import job_options, worker_image
 from helpers.dataflow.cloud_checks import (
     MISS,
+    OK,
     SKIPPED,
     Finding,
     check_apis,
     check_bucket,
+    check_compute,
     check_permissions,
     check_subscription,
     check_topic,
@@ -42,6 +43,8 @@ from helpers.models import ModelError
 from helpers.pipeline import CommandLineError
 from helpers.pipeline.command_line import parse, parser
 from helpers.sizing import MachineTypeError, SizingError, machine_types
+from helpers.sizing.services import check_dataflow_worker, needs_reservation
+from helpers.sizing.sizes import SERVICE_BYTES
 
 
 class PreflightError(RuntimeError):
@@ -63,6 +66,7 @@ def preflight(
     job_name: str | None = None,
     machine_type: str | None = None,
     image: str | None = None,
+    network: str | None = None,
     **options: Any,
 ) -> list[Finding]:
     """Checks everything that a job needs; the arguments mean what they mean for `helpers.dataflow.submit`.
@@ -93,7 +97,10 @@ def preflight(
     manifest_findings, manifest = _state_dict(state_dict_path, model_name)
     findings += manifest_findings
     if manifest:
-        findings += _machine(state_dict_path, manifest, machine_type, answering)
+        findings += _machine(state_dict_path, manifest, machine_type, answering, bool(image))
+        if chosen := machine_type or _chosen(findings):
+            gpu = getattr(machine_types.CATALOGUE.get(chosen), "gpu", "")
+            findings += check_compute(project, location, chosen, gpu, bool(network))
         findings += _prompts(state_dict_path, answering)
     if image:
         findings.append(_image(image))
@@ -148,17 +155,20 @@ def _state_dict(path: str, model_name: str) -> tuple[list[Finding], Manifest | N
 
 
 def _machine(
-    path: str, manifest: Manifest, machine_type: str | None, answering: AnsweringOptions
+    path: str, manifest: Manifest, machine_type: str | None, answering: AnsweringOptions, has_image: bool
 ) -> Iterator[Finding]:
     wants_gpu = job_options.wants_gpu(answering.device)
     settings = answering.workload() | job_options.computing(answering)
     machine = machine_types.CATALOGUE.get(machine_type or "")
-    if machine_type and machine is None:
+    if machine_type:
         try:
-            machine_types.check_machine_type(machine_type)
+            check_dataflow_worker(machine_type, has_own_image=has_image)
         except MachineTypeError as error:
             yield Finding(f"machine {machine_type}", MISS, str(error), "leave it out, or name another")
             return
+    if machine_type and needs_reservation(machine_type):
+        yield Finding(f"reservation of {machine_type}", SKIPPED, "without one, it hardly ever starts")
+    if machine_type and machine is None:
         detail = "it is not in this project's catalogue, so it is not known whether the model fits"
         yield Finding(f"machine {machine_type}", SKIPPED, detail)
         return
@@ -180,6 +190,8 @@ def _machine(
         return
     memory = machine.gpu_memory_bytes if machine.gpu else machine.memory_bytes
     needed, usable = sizing.serve.memory_bytes, memory * (1 - sizing.headroom)
+    if not machine.gpu:
+        usable -= SERVICE_BYTES["project"]
     if needed > usable:
         yield Finding(
             subject,
@@ -189,6 +201,12 @@ def _machine(
         )
     else:
         yield Finding(subject, detail=f"{needed / 1e9:.1f} of {usable / 1e9:.1f} GB")
+
+
+def _chosen(findings: Iterable[Finding]) -> str:
+    """The machine that sizing has chosen, as its finding names it."""
+    found = [one.subject for one in findings if one.subject.startswith("machine ") and one.result == OK]
+    return found[-1].removeprefix("machine ") if found else ""
 
 
 def _prompts(path: str, answering: AnsweringOptions) -> Iterator[Finding]:
@@ -260,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             job_name=cloud.job_name,
             machine_type=worker.machine_type,
             image=worker.sdk_container_image,
+            network=worker.network or worker.subnetwork,
         )
         for finding in findings:
             print(f"{finding.result:8}{finding.subject}  {finding.detail}".rstrip())

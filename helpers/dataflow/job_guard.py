@@ -1,6 +1,7 @@
 """A process that drains a Dataflow job when its time is up, whatever has become of the notebook.
 
-Streaming jobs run, and cost money, until somebody stops them, and Dataflow itself sets no limit. So:
+Streaming jobs run, and cost money, until somebody stops them: a limit of Dataflow's own
+(`helpers.dataflow.job_options.TIME_LIMIT`) is not known to hold for them. So:
 
 * `start` leaves a process behind that belongs to no notebook, terminal or kernel. It checks the job now
   and then, ends when the job has ended, and drains it when its time is up. If the job is updated, it follows

@@ -26,7 +26,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from helpers.dataflow.job_guard import DRAIN_LABEL
+from helpers.dataflow.job_guard import CANCEL_AFTER_DRAINING_SECONDS, DRAIN_LABEL
 from helpers.files.labels import SERIES, check_label, label_value
 from helpers.files.package import build_wheel
 from helpers.load_state_dict import Manifest, read_companion, read_manifest
@@ -36,6 +36,7 @@ from helpers.model_handler.engines.packed_weights import ENGINE as PACKED
 from helpers.models.dtypes import DTYPE_BYTES
 from helpers.sizing import machine_types
 from helpers.sizing.machine_types import MachineType, MachineTypeError
+from helpers.sizing.services import HYPERDISK_FAMILIES, check_dataflow_worker
 from helpers.sizing.sizes import COMPUTE_BYTES, SYSTEM_DISK_BYTES, Sizing, compute_dtype_on, size_model
 
 # Room to grow under load, and a bound on what a forgotten job costs. Dataflow's own bound is 100 workers.
@@ -45,6 +46,16 @@ HARNESS_THREADS = 4
 MINIMUM_WORKER_DISK_GB = 30
 WORKER_DISK_STEP_GB = 10
 ACCELERATOR = "worker_accelerator"
+REQUIREMENTS = Path(__file__).with_name("worker") / "requirements.txt"
+
+# Allowances for what a worker without an image downloads and unpacks, and for a GPU's driver. Google's own
+# examples give workers with a GPU 50 GB.
+CPU_PACKAGES_BYTES, CUDA_PACKAGES_BYTES = 5_000_000_000, 25_000_000_000
+DRIVER_BYTES = 20_000_000_000
+
+# Dataflow's own limit, as a net below the guard's: it cancels the job. Google names it for batch jobs, and
+# whether it holds for streaming ones a first real run has to show.
+TIME_LIMIT = "max_workflow_runtime_walltime_seconds"
 
 STALLED_MINUTES = 60
 """After so long in one step, loading a model included, Beam ends a worker's process, and its messages are
@@ -63,6 +74,7 @@ def set_defaults(
     answering: AnsweringOptions,
     exactly_once: bool = False,
     max_run_minutes: float | None = None,
+    has_cuda: bool = True,
 ) -> None:
     """Sets the options that the user has left unset.
 
@@ -74,6 +86,7 @@ def set_defaults(
             memory.
         exactly_once: whether Dataflow removes duplicates, at more latency and cost.
         max_run_minutes: noted on the job, so that `helpers.dataflow.job_guard` and `job_list` can enforce it.
+        has_cuda: whether workers without an image install CUDA's libraries with torch.
 
     Raises:
         OptionError: a GPU is asked for on a machine that has none, or an engine that does not compute on one
@@ -88,7 +101,7 @@ def set_defaults(
     manifest.check_model(state_dict_path, model_name)  # each worker would refuse it, and start again for ever
     worker = options.view_as(WorkerOptions)
     if worker.machine_type:
-        machine_types.check_machine_type(worker.machine_type)
+        check_dataflow_worker(worker.machine_type, has_own_image=bool(worker.sdk_container_image))
     else:
         on_gpu = wants_gpu(answering.device)
         sizing = size_for_serving(
@@ -107,9 +120,15 @@ def set_defaults(
     _set_scaling(worker)
     if worker.element_processing_timeout_minutes is None:
         worker.element_processing_timeout_minutes = STALLED_MINUTES
+    _check_disk_type(worker)
     worker.disk_size_gb = worker.disk_size_gb or disk_gb(
-        manifest, worker.machine_type, computing(answering)["compute_dtype"]
+        manifest,
+        worker.machine_type,
+        computing(answering)["compute_dtype"],
+        installs=not worker.sdk_container_image,
+        has_cuda=has_cuda,
     )
+    _set_time_limit(cloud, max_run_minutes)
     _set_labels(cloud, model_name, max_run_minutes)
     cloud.job_name = cloud.job_name or new_job_name(model_name)
 
@@ -132,22 +151,33 @@ def torch_threads(options: PipelineOptions) -> int | None:
     return 1 if many else None
 
 
-def stage_helpers(options: PipelineOptions, folder: str, answering: AnsweringOptions) -> None:
+def stage_helpers(
+    options: PipelineOptions, folder: str, answering: AnsweringOptions, torch_index_url: str = ""
+) -> None:
     """Sends this package along to the workers, as a wheel.
 
     Beam's container installs a wheel that is sent along over whatever version of it the image has, and after
     that those of its dependencies that the image has not. With the image of `helpers.dataflow.worker_image`
-    that is none. Without an image, each worker installs torch and the others when it starts, over the
-    network.
+    that is none. Without an image, a requirements file goes along: each worker installs torch and the others
+    when it starts, over the network, in the versions that this project is tested with rather than the newest.
 
     Args:
         options: of the job; changed in place.
-        folder: for the wheel, which must be there until the job is submitted.
+        folder: for the files, which must be there until the job is submitted.
         answering: whether workers may use the engine that not all of them need.
+        torch_index_url: the index of torch without CUDA; without it, torch comes from the usual one.
     """
     setup = options.view_as(SetupOptions)
     extras = [ENGINE] if may_use_ctranslate2(options, answering) else []
     setup.extra_packages = [*(setup.extra_packages or []), str(build_wheel(folder, extras))]
+    if setup.requirements_file or options.view_as(WorkerOptions).sdk_container_image:
+        return
+    index = [f"--extra-index-url {torch_index_url}"] if torch_index_url else []
+    path = Path(folder) / "requirements.txt"
+    path.write_text("\n".join([*index, REQUIREMENTS.read_text()]))
+    setup.requirements_file = str(path)
+    # Beam would download every package here first, for the workers; it does not understand an index's line.
+    setup.requirements_cache = "skip"
 
 
 def may_use_ctranslate2(options: PipelineOptions, answering: AnsweringOptions) -> bool:
@@ -188,7 +218,7 @@ def size_for_serving(
         MachineTypeError, SizingError: no machine is large enough, or the kind of model is not known.
     """
     settings = AnsweringOptions().workload() | settings
-    families = [family] if family or not on_gpu else list(machine_types.GPU_FAMILIES)
+    families = [family] if family or not on_gpu else list(machine_types.ON_DEMAND_GPU_FAMILIES)
     with tempfile.TemporaryDirectory() as folder:
         config = read_companion(state_dict_path, manifest, "config.json")
         (Path(folder) / "config.json").write_bytes(config)
@@ -208,14 +238,30 @@ def computing(answering: AnsweringOptions) -> dict[str, str | None]:
     return {"engine": engine or (ENGINE if dtype == "int8" else "torch"), "compute_dtype": dtype}
 
 
-def disk_gb(manifest: Manifest, machine_type: str, compute_dtype: str | None = None) -> int:
+def disk_gb(
+    manifest: Manifest,
+    machine_type: str,
+    compute_dtype: str | None = None,
+    *,
+    installs: bool = False,
+    has_cuda: bool = True,
+) -> int:
     """A worker's disk: the system, the state dict as stored, and two copies in the dtype to compute in.
 
     Two, because a new state dict is taken up while the old one serves.
+
+    Args:
+        manifest: of the state dict.
+        machine_type: of the worker; one with a GPU also has its driver.
+        compute_dtype: the dtype to compute in, where it was asked for.
+        installs: whether the worker installs the packages when it starts.
+        has_cuda: whether CUDA's libraries are among them.
     """
     family = machine_type.split("-")[0]
     computed = COMPUTE_BYTES[compute_dtype or compute_dtype_on(family, manifest.dtype)]
     held = manifest.bytes * (1 + 2 * computed / DTYPE_BYTES[manifest.dtype])
+    held += (CUDA_PACKAGES_BYTES if has_cuda else CPU_PACKAGES_BYTES) if installs else 0
+    held += DRIVER_BYTES if _has_gpu(machine_type) else 0
     steps = math.ceil((SYSTEM_DISK_BYTES + held) / 1e9 / WORKER_DISK_STEP_GB)
     return max(MINIMUM_WORKER_DISK_GB, steps * WORKER_DISK_STEP_GB)
 
@@ -268,6 +314,23 @@ def _set_delivery(cloud: GoogleCloudOptions, exactly_once: bool) -> None:
         cloud.dataflow_service_options = [*service_options, "streaming_mode_at_least_once"]
     # All streaming jobs of Beam's Python SDK use it: workers' disks hold no state, and fewer workers suffice.
     cloud.enable_streaming_engine = True
+
+
+def _check_disk_type(worker: WorkerOptions) -> None:
+    family, disk = worker.machine_type.split("-")[0], worker.disk_type or ""
+    if family in HYPERDISK_FAMILIES and disk.rpartition("/")[2].startswith("pd-"):
+        raise OptionError(
+            f"{family} machines take no Persistent Disk ({disk}): leave --worker_disk_type out, or end "
+            "it with hyperdisk-balanced."
+        )
+
+
+def _set_time_limit(cloud: GoogleCloudOptions, max_run_minutes: float | None) -> None:
+    service_options = cloud.dataflow_service_options or []
+    if max_run_minutes is None or any(option.startswith(f"{TIME_LIMIT}=") for option in service_options):
+        return
+    seconds = math.ceil(max_run_minutes * 60 + CANCEL_AFTER_DRAINING_SECONDS)
+    cloud.dataflow_service_options = [*service_options, f"{TIME_LIMIT}={seconds}"]
 
 
 def _set_scaling(worker: WorkerOptions) -> None:

@@ -39,6 +39,7 @@ def submit(
     exactly_once: bool = False,
     max_run_minutes: float | None = None,
     helpers_in_image: bool = False,
+    torch_index_url: str = "",
     beam_options: Sequence[str] = (),
     before: PTransform | None = None,
     after: PTransform | None = None,
@@ -68,6 +69,10 @@ def submit(
         max_run_minutes: minutes after which the job is drained, whatever has become of this process; see
             `helpers.dataflow.job_guard`.
         helpers_in_image: whether the image has this package, so that it need not be sent along.
+        torch_index_url: for workers without an image: the package index of torch without CUDA, which
+        PyTorch's
+            installation page (pytorch.org/get-started) names for Linux, pip, CPU. Without it, each new worker
+            fetches several GB of CUDA's libraries, also one without a GPU.
         beam_options: further options of Beam's, as on a command line; they win over what is chosen here.
         before, after: steps of one's own, as for `helpers.pipeline.build`.
         {options}
@@ -116,6 +121,7 @@ def submit(
             max_run_minutes=max_run_minutes,
             exactly_once=exactly_once,
             helpers_in_image=helpers_in_image,
+            torch_index_url=torch_index_url,
         )
         return Job(project, location, result.job_id())
     except DataflowJobAlreadyExistsError as error:  # submitted by somebody else in the meantime

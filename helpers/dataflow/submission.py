@@ -26,6 +26,7 @@ def submit(
     max_run_minutes: float | None = None,
     exactly_once: bool = False,
     helpers_in_image: bool = False,
+    torch_index_url: str = "",
 ) -> PipelineResult:
     """Submits the pipeline as a language-model job, or writes a template if the options say so.
 
@@ -38,6 +39,7 @@ def submit(
         max_run_minutes: minutes after which `helpers.dataflow.job_guard` drains the job.
         exactly_once: whether Dataflow removes duplicates.
         helpers_in_image: whether the workers' image has this package, so that it need not be sent along.
+        torch_index_url: the index of torch without CUDA, for workers without an image.
 
     Raises:
         CommandLineError: a time for a job that is not submitted now.
@@ -64,10 +66,11 @@ def submit(
             answering=options,
             exactly_once=exactly_once,
             max_run_minutes=max_run_minutes,
+            has_cuda=not torch_index_url,
         )
         check_around_prompts(arguments["state_dict_path"], options)
         if not helpers_in_image:
-            job_options.stage_helpers(beam_options, folder, options)
+            job_options.stage_helpers(beam_options, folder, options, torch_index_url)
         if is_submitted:
             check_name(cloud)
         result = start(beam_options, arguments | answering)

@@ -23,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, MethodNotImplemented, NotFound
@@ -31,7 +31,7 @@ from google.auth.exceptions import GoogleAuthError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers.files import storage
+from helpers.files import access, storage
 from helpers.load_state_dict.engine_file.description import ENGINE
 
 WORKER = Path(__file__).with_name("worker")
@@ -41,8 +41,9 @@ REPOSITORY = "streaming-llm"
 BUILDER = "gcr.io/cloud-builders/docker"
 DISK_GB = 100
 
-# Beam's image has it, and its documentation advises against installing it over that.
-LEFT_OUT = {"apache-beam"}
+# The image has Beam, and all that it needs, in the versions that Beam was tested with: a pin over one of them
+# may contradict another.
+BEAM = "apache-beam[gcp]"
 WORKER_PLATFORM = {
     "sys_platform": "linux",
     "platform_system": "Linux",
@@ -111,9 +112,13 @@ def build_image(
     except (Forbidden, NotFound) as error:
         raise ImageError(
             f"Cloud Build rejected the build ({error.message}): run\n"
-            f"  gcloud services enable cloudbuild.googleapis.com artifactregistry.googleapis.com "
-            f"--project={project}\n"
-            f"  gcloud artifacts repositories create {repository} --repository-format=docker "
+            f"  {access.enable_command(project, access.apis('image'))}\n"
+            + "".join(
+                f"  {access.grant_command(project, f'roles/{need.role}', f'ACCOUNT, {need.who}')}\n"
+                for need in access.TABLE
+                if need.feature == "image"
+            )
+            + f"  gcloud artifacts repositories create {repository} --repository-format=docker "
             f"--location={location} --project={project}"
         ) from error
     except GoogleAuthError as error:
@@ -181,8 +186,8 @@ def source_archive() -> bytes:
 def requirements(dependencies: Iterable[str], constraints: str) -> str:
     """The text of the workers' requirements.txt: the helpers' dependencies, and theirs in turn, pinned.
 
-    CUDA's packages are left out, whichever torch is installed here: the GPU variant's torch names the exact
-    versions that it needs.
+    Left out are those that Beam's image has already, and CUDA's packages, whichever torch is installed here:
+    the GPU variant's torch names the exact versions that it needs.
 
     Args:
         dependencies: the helpers' dependencies, as in pyproject.toml.
@@ -192,25 +197,36 @@ def requirements(dependencies: Iterable[str], constraints: str) -> str:
         ImageError: the constraints lack a package that the helpers need.
     """
     pins = dict(_pins(constraints))
-    waiting = [Requirement(text) for text in dependencies]
-    if missing := [one.name for one in waiting if canonicalize_name(one.name) not in pins]:
+    wanted = [Requirement(text) for text in dependencies]
+    if missing := [one.name for one in wanted if canonicalize_name(one.name) not in pins]:
         raise ImageError(f"constraints.txt has no {', '.join(missing)}: regenerate it first.")
-    needed: dict[str, set[str]] = {}  # the extras of each
-    while waiting:
-        requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        # A package that is not pinned belongs to another torch or system than the tested ones.
-        if name in LEFT_OUT or name not in pins or needed.get(name, set()) >= requirement.extras | {""}:
-            continue
-        extras = needed[name] = needed.get(name, set()) | requirement.extras | {""}
-        own = map(Requirement, importlib.metadata.requires(name) or ())
-        waiting += [one for one in own if _is_for_workers(one, extras)]
+    needed = closure(wanted, pins) - closure([Requirement(BEAM)], pins)
     lines = [
         "# What the workers' image has besides Apache Beam. To regenerate it:",
         "# python -m helpers.dataflow image requirements pyproject.toml constraints.txt > THIS_FILE",
         *(f"{name}=={pins[name]}" for name in sorted(needed)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def closure(wanted: Iterable[Requirement], pins: Container[str]) -> set[str]:
+    """The names of packages and of all that they need in turn, on a worker.
+
+    Args:
+        wanted: the packages.
+        pins: the names that count: a package that is not pinned belongs to another torch or system than the
+            tested ones.
+    """
+    waiting, needed = list(wanted), dict[str, set[str]]()  # the extras of each
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name not in pins or needed.get(name, set()) >= requirement.extras | {""}:
+            continue
+        extras = needed[name] = needed.get(name, set()) | requirement.extras | {""}
+        own = map(Requirement, importlib.metadata.requires(name) or ())
+        waiting += [one for one in own if _is_for_workers(one, extras)]
+    return set(needed)
 
 
 def _pins(constraints: str) -> Iterator[tuple[str, str]]:

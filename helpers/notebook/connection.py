@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import local_cloud
+from helpers.files import access
+from helpers.files.buckets import make_bucket
 from helpers.files.cache import cache_folder
 
 _local: local_cloud.Child | None = None
@@ -152,7 +154,7 @@ def _create_bucket(connection: Connection) -> None:
     try:
         client = storage.Client(project=connection.project)
         if client.lookup_bucket(connection.bucket) is None:
-            client.create_bucket(connection.bucket, location=connection.location)
+            make_bucket(client, connection.bucket, connection.location)
     except GoogleAuthError as error:
         raise ConnectionFailed(
             "There are no credentials for Google Cloud here. Run `gcloud auth application-default login`, or "
@@ -168,6 +170,18 @@ def _create_bucket(connection: Connection) -> None:
     except exceptions.Conflict as error:
         raise ConnectionFailed(
             f"The bucket {connection.bucket!r} is someone else's: set the parameter bucket to another name."
+        ) from error
+    except exceptions.Forbidden as error:
+        todo = access.advice(error.message, connection.project, "storage.buckets.create")
+        raise ConnectionFailed(
+            f"The bucket {connection.bucket!r} of project {connection.project!r} cannot be used: {todo}. "
+            f"({error.message})"
+        ) from error
+    except exceptions.PreconditionFailed as error:
+        raise ConnectionFailed(
+            f"The organisation of {connection.project!r} does not allow a bucket such as "
+            f"{connection.bucket!r}: have its administrator make one, and set the parameter bucket to its "
+            f"name. ({error.message})"
         ) from error
     except exceptions.GoogleAPICallError as error:
         raise ConnectionFailed(

@@ -61,10 +61,15 @@ def parser(prog: str = "python -m helpers.pipeline") -> argparse.ArgumentParser:
     job.add_argument("--max-run-minutes", type=_minutes, metavar="M", help="drain the job after this time")
     job.add_argument("--exactly-once", action="store_true", help="use exactly-once mode")
     job.add_argument("--helpers-in-image", action="store_true", help="the workers' image has this package")
+    job.add_argument(
+        "--torch-index-url",
+        metavar="URL",
+        help="index of torch without CUDA, for workers without an image of their own",
+    )
     return arguments
 
 
-JOB_ARGUMENTS = ("max_run_minutes", "exactly_once", "helpers_in_image")
+JOB_ARGUMENTS = ("max_run_minutes", "exactly_once", "helpers_in_image", "torch_index_url")
 
 
 def parse(argv: Sequence[str] | None = None) -> CommandLine:

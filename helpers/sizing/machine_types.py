@@ -328,8 +328,7 @@ def _next_family(memory_bytes: int, headroom: float) -> str:
     if not roomy:
         return (
             "No family in this catalogue has such a machine: choose a smaller model, or one of Compute "
-            "Engine's memory-optimized types
-            (https://cloud.google.com/compute/docs/memory-optimized-machines)."
+            "Engine's memory-optimized types (https://cloud.google.com/compute/docs/memory-optimized-machines)."
         )
     best = min(roomy, key=lambda machine: machine.memory_gb)
     return f"Use the {best.family} family, which goes up to {best.memory_gb} GB ({best.name})."

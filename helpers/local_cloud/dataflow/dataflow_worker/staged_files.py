@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from apache_beam.internal import pickler
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.portability.api import beam_runner_api_pb2
+from packaging.requirements import Requirement
 
 from .service import Service
 
@@ -57,13 +59,30 @@ def install(folder: Path, service: Service) -> None:
             print(done.stdout, done.stderr, file=sys.stderr, flush=True)
             if done.returncode:
                 raise RuntimeError(f"The staged package {package} could not be installed:\n{done.stderr}")
-    if (folder / REQUIREMENTS).exists():
+    if (folder / REQUIREMENTS).exists() and (others := _others((folder / REQUIREMENTS).read_text())):
         service.message(
             "WARNING",
-            "The requirements file is not installed here: the worker has the packages of the environment in "
-            "which the local cloud was started.",
+            "The requirements file is not installed here, where the worker has the packages of the "
+            f"environment in which the local cloud was started. Others here: {', '.join(others)}.",
         )
     importlib.invalidate_caches()
+
+
+def _others(requirements: str) -> list[str]:
+    """The requirements that this environment's packages do not meet."""
+    found = []
+    for line in requirements.splitlines():
+        text = line.partition("#")[0].strip()
+        if not text or text.startswith("-"):
+            continue
+        wanted = Requirement(text)
+        try:
+            is_met = wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True)
+        except importlib.metadata.PackageNotFoundError:
+            is_met = False
+        if not is_met and (wanted.marker is None or wanted.marker.evaluate()):
+            found.append(text)
+    return found
 
 
 def load_main_session(folder: Path) -> None:
