@@ -2,6 +2,11 @@
 
 import atexit
 import os
+
+# Read when torch is loaded, here and in each child: threads that wait do not spin. On a busy machine, as
+# with several tests at once, they would take the cores from those that compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import shutil
 import signal
 import subprocess

@@ -13,6 +13,7 @@ from .dataflow.service import Dataflow
 from .front import certificates, environment
 from .front.accounts import Accounts
 from .front.http_server import Router, warn_once
+from .front.permissions import ACCOUNTS, USER, VERTEX, WORKERS, Permissions, email
 from .front.proxy import Proxy
 from .front.upstream import Upstream
 from .monitoring.service import Monitoring
@@ -67,38 +68,51 @@ class LocalCloud:
         except (OSError, OverflowError) as error:
             raise _port_error(port, error) from None
         self._on_stop.callback(proxy.stop)
+        permissions = Permissions(self.folder, self.project)
+        keys = {
+            account: certificates.write_private(
+                scratch.path / f"{account}.json",
+                certificates.service_account(self.project, email(account, self.project)),
+            )
+            for account in ACCOUNTS
+        }
         ca_file = scratch.path / "ca.pem"
         ca_file.write_bytes(environment.ca_bundle(certificate.authority))
         self.environment = environment.variables(
             proxy_url=proxy.url,
             ca_file=ca_file,
-            credentials=certificates.write_private(
-                scratch.path / "credentials.json", certificates.service_account(self.project)
-            ),
+            credentials=keys[USER],
             folder=self.folder,
             project=self.project,
             offline=offline,
         )
-        self._add_services(grpc_server, router)
+        self._add_services(grpc_server, router, permissions, keys)
         grpc_server.start()
         proxy.start()
 
-    def _add_services(self, grpc_server: grpc.Server, router: Router) -> None:
+    def _add_services(
+        self, grpc_server: grpc.Server, router: Router, permissions: Permissions, keys: dict[str, Path]
+    ) -> None:
         accounts = Accounts(self.project)
         accounts.routes(router)
-        accounts.register(grpc_server)
-        for_processes = {**os.environ, **self.environment}
+        accounts.register(grpc_server, permissions)
+
+        def environment_of(account: str) -> dict[str, str]:
+            """A process's environment, with an account of its own."""
+            key = {"GOOGLE_APPLICATION_CREDENTIALS": str(keys[account])}
+            return {**os.environ, **self.environment, **key}
+
         pubsub = PubSub()
         for service in (
             pubsub,
             Monitoring(pubsub.waiting),
-            VertexAI(self.folder / "vertex_ai", self.storage_root, for_processes),
-            Dataflow(self.folder / "dataflow", self.storage_root, for_processes),
+            VertexAI(self.folder / "vertex_ai", self.storage_root, environment_of(VERTEX)),
+            Dataflow(self.folder / "dataflow", self.storage_root, environment_of(WORKERS)),
         ):
-            service.register(grpc_server)
+            service.register(grpc_server, permissions)
             self._on_stop.callback(service.stop)
         grpc_server.add_generic_rpc_handlers((_NotImitated(),))
-        storage = CloudStorage(self.storage_root)
+        storage = CloudStorage(self.storage_root, permissions)
         self._on_stop.callback(storage.stop)
         storage.routes(router)
 

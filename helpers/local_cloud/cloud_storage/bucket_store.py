@@ -17,15 +17,15 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..front.accounts import PROJECT_NUMBER
 from ..front.fields import says_nothing
 from ..front.http_server import HttpError
+from ..front.regions import REGIONS
 from ..processes.scratch import Scratch
 from .names import check_bucket_name
-from .preconditions import Preconditions
 
 # https://cloud.google.com/storage/docs/locations
 MULTI_REGIONS = ("US", "EU", "ASIA")
@@ -118,23 +118,10 @@ class BucketStore:
                 self.folder(bucket).rmdir()
                 raise
 
-    def update(self, bucket: str, change: Callable[[dict], None], conditions: Preconditions) -> dict:
-        """Changes the bucket's resource in place, and increments its metageneration."""
-        with self.locked(bucket):
-            resource = self.get(bucket)
-            conditions.check(resource)
-            created = resource["timeCreated"]
-            change(resource)
-            _check_types(resource)
-            resource = _defaults(bucket, created) | resource
-            resource["metageneration"] = str(int(resource["metageneration"]) + 1)
-            resource["updated"] = timestamp()
-            return self._write(bucket, resource)
-
-    def delete(self, bucket: str, conditions: Preconditions) -> None:
+    def delete(self, bucket: str) -> None:
         """Removes an empty bucket."""
         with self.locked(bucket):
-            conditions.check(self.get(bucket))
+            self.get(bucket)
             if any((self.own / "objects" / bucket).glob("*")) or not _remove_empty(self.folder(bucket)):
                 raise HttpError(409, f"The bucket you tried to delete is not empty: {bucket}.", "conflict")
             for leftover in (self.own / "metadata" / bucket).glob("*"):
@@ -142,42 +129,21 @@ class BucketStore:
             _remove_empty(self.own / "metadata" / bucket)
             _remove_empty(self.own / "objects" / bucket)
             self._file(bucket).unlink(missing_ok=True)
-            self._policy_file(bucket).unlink(missing_ok=True)
-
-    def policy(self, bucket: str) -> dict:
-        """The bucket's IAM policy as it was set; it is stored, but grants or denies nothing."""
-        self.get(bucket)
-        empty = {"kind": "storage#policy", "version": 1, "etag": etag("0"), "bindings": []}
-        return read_json(self._policy_file(bucket)) or empty
-
-    def set_policy(self, bucket: str, policy: dict) -> dict:
-        """Replaces the IAM policy, unless the new one is based on an outdated one."""
-        with self.locked(bucket):
-            current = self.policy(bucket)["etag"]
-            if policy.get("etag", current) != current:
-                raise HttpError(
-                    412, "The policy has changed since it was read: read it again.", "conditionNotMet"
-                )
-            if not isinstance(policy.get("bindings", []), list):
-                raise HttpError(400, "Invalid value for bindings: not a list.", "invalid")
-            policy = {"kind": "storage#policy", "version": 1} | policy | {"etag": etag(uuid.uuid4().hex)}
-            self.write_json(self._policy_file(bucket), policy)
-        return policy
 
     def _file(self, bucket: str) -> Path:
         return self.own / "buckets" / f"{bucket}.json"
 
-    def _policy_file(self, bucket: str) -> Path:
-        return self.own / "buckets" / f"{bucket}.policy.json"
-
     def _write(self, bucket: str, resource: dict) -> dict:
         resource["location"] = str(resource["location"]).upper()
-        if resource["location"] in DUAL_REGIONS or resource.get("customPlacementConfig"):
+        places = (*MULTI_REGIONS, *DUAL_REGIONS)
+        if resource["location"] not in places and resource["location"].lower() not in REGIONS:
+            raise HttpError(
+                400, f"The specified location constraint is not valid: {resource['location']}.", "invalid"
+            )
+        if resource["location"] in DUAL_REGIONS:
             resource["locationType"] = "dual-region"
         else:
             resource["locationType"] = "multi-region" if resource["location"] in MULTI_REGIONS else "region"
-        if resource["locationType"] != "region":
-            resource.setdefault("rpo", "DEFAULT")
         if not says_nothing(resource.get("softDeletePolicy")):
             resource["softDeletePolicy"].setdefault("effectiveTime", timestamp())
         resource["etag"] = etag(resource["metageneration"])

@@ -3,6 +3,7 @@ effect; every other is refused by name."""
 
 from ..front.fields import REFUSED, Fields, fields, refused_in_json, says_nothing
 from ..front.http_server import Handler, HttpError, Request, Response
+from ..front.permissions import Permissions, denied_text, email
 
 # Whole resources are sent, whatever parts of them are asked for, and nothing is billed or authorized. There
 # are no ACLs, which a full projection would show: that one is refused.
@@ -10,12 +11,8 @@ _COMMON_IDLE = (
     "fields projection prettyPrint quotaUser userIp key userProject provisionalUserProject access_token "
     "oauth_token $.xgafv upload_protocol"
 )
-_CONDITIONS = "ifGenerationMatch ifGenerationNotMatch ifMetagenerationMatch ifMetagenerationNotMatch"
-_SOURCE_CONDITIONS = (
-    "ifSourceGenerationMatch ifSourceGenerationNotMatch ifSourceMetagenerationMatch "
-    "ifSourceMetagenerationNotMatch"
-)
-_BUCKET_CONDITIONS = "ifMetagenerationMatch ifMetagenerationNotMatch"
+_CONDITIONS = "ifGenerationMatch ifGenerationNotMatch"
+_SOURCE_CONDITIONS = "ifSourceGenerationMatch ifSourceGenerationNotMatch"
 _PAGES = "pageToken maxResults"
 
 
@@ -26,29 +23,16 @@ def _query(honoured: str, idle: str = "") -> Fields:
 QUERIES = {
     "buckets.list": _query(f"project prefix {_PAGES}"),
     "buckets.insert": _query("project"),
-    "buckets.get": _query(_BUCKET_CONDITIONS),
-    "buckets.patch": _query(_BUCKET_CONDITIONS),
-    "buckets.delete": _query(_BUCKET_CONDITIONS),
-    "buckets.getIamPolicy": _query("", "optionsRequestedPolicyVersion"),
-    "buckets.setIamPolicy": _query(""),
+    "buckets.get": _query(""),
+    "buckets.delete": _query(""),
     "buckets.testIamPermissions": _query("permissions"),
-    # Nothing is versioned, so all versions are the live ones.
-    "objects.list": _query(
-        f"prefix delimiter startOffset endOffset matchGlob includeTrailingDelimiter versions {_PAGES}"
-    ),
+    "objects.list": _query(f"prefix delimiter startOffset endOffset {_PAGES}"),
     "objects.get": _query(f"generation {_CONDITIONS}"),
-    "objects.patch": _query(f"generation {_CONDITIONS}"),
     "objects.delete": _query(f"generation {_CONDITIONS}"),
     "objects.insert": _query(f"uploadType name upload_id contentEncoding {_CONDITIONS}"),
     "objects.compose": _query(_CONDITIONS),
-    # A rewrite is done in one call.
-    "objects.rewrite": _query(
-        f"sourceGeneration {_CONDITIONS} {_SOURCE_CONDITIONS}", "maxBytesRewrittenPerCall rewriteToken"
-    ),
     "objects.copy": _query(f"sourceGeneration {_CONDITIONS} {_SOURCE_CONDITIONS}"),
-    "projects.serviceAccount.get": _query(""),
     "batch": _query(""),
-    "xml": fields("uploads uploadId partNumber generation", "userProject"),
 }
 
 # What the service itself sets: clients send it back with the rest of a resource.
@@ -57,11 +41,9 @@ _BUCKET_READ_ONLY = (
     "satisfiesPZS satisfiesPZI softDeleteTime hardDeleteTime"
 )
 BUCKET = fields(
-    "name labels location",
-    # Stored. Classes, lifecycles, deletion, logs, browsers' and websites' settings and permissions change
-    # nothing here, and nothing is billed.
-    f"{_BUCKET_READ_ONLY} storageClass lifecycle softDeletePolicy logging cors website iamConfiguration "
-    "billing rpo autoclass customPlacementConfig",
+    "name labels location iamConfiguration softDeletePolicy",
+    # Stored. Classes and lifecycles change nothing here.
+    f"{_BUCKET_READ_ONLY} storageClass lifecycle",
 )
 
 _OBJECT_READ_ONLY = (
@@ -79,36 +61,30 @@ COMPOSE = fields(
     + " ".join(f"destination.{name}" for name in sorted(OBJECT.honoured)),
     "kind " + " ".join(f"destination.{name}" for name in sorted(OBJECT.without_effect)),
 )
-POLICY = fields("bindings etag version", "kind resourceId")
 
 BODIES = {
     "buckets.insert": BUCKET,
-    "buckets.patch": BUCKET,
-    "buckets.setIamPolicy": POLICY,
-    "objects.patch": OBJECT,
     "objects.insert": OBJECT,
     "objects.compose": COMPOSE,
-    "objects.rewrite": OBJECT,
     "objects.copy": OBJECT,
 }
-
-_SIGNATURE = ("GoogleAccessId", "Expires", "Signature")  # of a signed URL: not checked
 
 # Of the headers that mean something to Cloud Storage.
 _HEADER_PREFIXES = ("x-goog-", "x-amz-")
 HEADERS = fields(
-    "x-goog-hash x-goog-if-generation-match x-goog-if-metageneration-match x-goog-custom-time",
+    "x-goog-hash",
     "x-goog-api-client x-goog-user-project x-goog-request-params x-goog-gcs-idempotency-token x-goog-date "
-    "x-goog-request-reason x-goog-storage-class "
+    "x-goog-request-reason "
     "x-goog-api-version x-goog-resumable x-goog-allowed-resources",
 )
 _FREE_HEADERS = ("x-goog-meta-", "x-goog-custom-audit-")  # metadata, and notes for a log that is not here
 
 
-def checked(call: str, handler: Handler) -> Handler:
-    """The handler of a call, which first refuses what it would otherwise ignore."""
+def checked(call: str, handler: Handler, permissions: Permissions) -> Handler:
+    """The handler of a call, which first refuses those who may not make it, and what it would ignore."""
 
     def answer(request: Request, **names: str) -> Response | dict | None:
+        check_permission(request, call, permissions)
         check_query(request, QUERIES[call], call)
         check_headers(request)
         return handler(request, **names)
@@ -116,10 +92,18 @@ def checked(call: str, handler: Handler) -> Handler:
     return answer
 
 
+def check_permission(request: Request, call: str, permissions: Permissions) -> None:
+    """Raises HttpError 403 for an account that may not make a call."""
+    account = permissions.account_of(request.headers.get("Authorization"))
+    if missing := permissions.missing(account, call):
+        address = email(account, permissions.project)
+        raise HttpError(403, denied_text("storage", missing, permissions.project, address, ""), "forbidden")
+
+
 def check_query(request: Request, table: Fields, call: str) -> None:
     """Raises HttpError 501 for a parameter that says something and would be ignored."""
     for name, value in request.query.items():
-        is_idle = name in _SIGNATURE or name.startswith("X-Goog-") or (value != "" and says_nothing(value))
+        is_idle = value != "" and says_nothing(value)
         # Google's client asks for a full projection with every change, and looks at it only in reads.
         asks_for_acl = (name, value) == ("projection", "full") and call.endswith((".get", ".list"))
         if (table.of(name) == REFUSED and not is_idle) or asks_for_acl:

@@ -1,16 +1,15 @@
 """Cloud Storage's JSON API (https://cloud.google.com/storage/docs/json_api/v1) over a folder of files.
 
-Uploads, batches and the XML API have modules of their own.
+Uploads and batches have modules of their own.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from ..front.accounts import PROJECT_NUMBER
-from ..front.http_server import Handler, HttpError, Request, Response, Router, natural, warn_once
+from ..front.http_server import Handler, HttpError, Request, Response, Router, natural
+from ..front.permissions import SOFT_DELETE, UNIFORM_ACCESS, Permissions
 from . import resource as resources
 from .batches import Batches
-from .bucket_store import READ_ONLY
 from .downloads import check_generation, media
 from .fields import body, checked
 from .listing import Listing, decode_token, encode_token, page_size
@@ -18,7 +17,6 @@ from .object_store import ObjectStore
 from .partial_object import read_chunks
 from .preconditions import Preconditions
 from .uploads import Uploads
-from .xml_api import XmlApi
 
 API = "/storage/v1"
 BUCKET = API + "/b/{bucket}"
@@ -29,7 +27,8 @@ MAX_COMPONENTS = 32  # of one compose request
 class CloudStorage:
     """Serves the buckets and objects below `root`."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, permissions: Permissions):
+        self._permissions = permissions
         self._store = ObjectStore(root)
         self._buckets = self._store.buckets
 
@@ -38,39 +37,24 @@ class CloudStorage:
         self._store.stop()
 
     def routes(self, router: Router) -> None:
-        """Adds the JSON API, uploads, batches and the XML API."""
+        """Adds the JSON API, uploads and batches."""
 
         def add(methods: str, path: str, call: str, handler: Handler) -> None:
-            router.route(methods, path)(checked(call, handler))
+            router.route(methods, path)(checked(call, handler, self._permissions))
 
         add("GET", API + "/b", "buckets.list", self._list_buckets)
         add("POST", API + "/b", "buckets.insert", self._create_bucket)
         add("GET", BUCKET, "buckets.get", self._get_bucket)
-        add("PATCH PUT", BUCKET, "buckets.patch", self._update_bucket)
         add("DELETE", BUCKET, "buckets.delete", self._delete_bucket)
-        add("GET", BUCKET + "/iam", "buckets.getIamPolicy", self._policy)
-        add("PUT", BUCKET + "/iam", "buckets.setIamPolicy", self._set_policy)
         add("GET", BUCKET + "/iam/testPermissions", "buckets.testIamPermissions", self._test_permissions)
         add("GET", BUCKET + "/o", "objects.list", self._list)
         add("GET", OBJECT, "objects.get", self._get)
-        add("PATCH PUT", OBJECT, "objects.patch", self._update)
         add("DELETE", OBJECT, "objects.delete", self._delete)
         add("POST", OBJECT + "/compose", "objects.compose", self._compose)
-        add("POST", OBJECT + "/rewriteTo/b/{to_bucket}/o/{to_name}", "objects.rewrite", self._rewrite)
         add("POST", OBJECT + "/copyTo/b/{to_bucket}/o/{to_name}", "objects.copy", self._copy)
         add("GET", "/download" + OBJECT, "objects.get", self._download)
-        add(
-            "GET",
-            API + "/projects/{project}/serviceAccount",
-            "projects.serviceAccount.get",
-            _service_account,
-        )
-        Uploads(self._store).routes(router)
+        Uploads(self._store, self._permissions).routes(router)
         Batches(router).routes(router)
-        # The XML API would take the first part of such a path for a bucket.
-        for start in (API, "/upload" + API, "/download" + API, "/resumable/upload" + API, "/batch/storage"):
-            router.route("GET HEAD POST PUT PATCH DELETE", start + "/{rest:path}")(_not_imitated)
-        XmlApi(self._store).routes(router)
 
     # Buckets
 
@@ -84,39 +68,26 @@ class CloudStorage:
 
     def _create_bucket(self, request: Request) -> dict:
         _project(request)
-        return self._buckets.create(body(request, "buckets.insert"))
+        fields = body(request, "buckets.insert")
+        access = (fields.get("iamConfiguration") or {}).get("uniformBucketLevelAccess") or {}
+        if self._permissions.forbids(UNIFORM_ACCESS) and not access.get("enabled"):
+            raise _violates(f"Request violates constraint 'constraints/{UNIFORM_ACCESS}'")
+        seconds = (fields.get("softDeletePolicy") or {}).get("retentionDurationSeconds", "604800")
+        if self._permissions.forbids(SOFT_DELETE) and str(seconds) != "604800":
+            raise _violates(f"'{seconds}' violates constraint 'constraints/{SOFT_DELETE}'")
+        return self._buckets.create(fields)
 
     def _get_bucket(self, request: Request, bucket: str) -> dict:
-        resource = self._buckets.get(bucket)
-        Preconditions.of(request).check(resource, reading=True)
-        return resource
-
-    def _update_bucket(self, request: Request, bucket: str) -> dict:
-        sent = {
-            name: value for name, value in body(request, "buckets.patch").items() if name not in READ_ONLY
-        }
-
-        def change(resource: dict) -> None:
-            if request.method == "PUT":
-                for name in [name for name in resource if name not in (*READ_ONLY, "location")]:
-                    del resource[name]
-            _merge(resource, sent)
-
-        return self._buckets.update(bucket, change, Preconditions.of(request))
+        return self._buckets.get(bucket)
 
     def _delete_bucket(self, request: Request, bucket: str) -> None:
-        self._buckets.delete(bucket, Preconditions.of(request))
-
-    def _policy(self, _: Request, bucket: str) -> dict:
-        return self._buckets.policy(bucket)
-
-    def _set_policy(self, request: Request, bucket: str) -> dict:
-        return self._buckets.set_policy(bucket, body(request, "buckets.setIamPolicy"))
+        self._buckets.delete(bucket)
 
     def _test_permissions(self, request: Request, bucket: str) -> dict:
         self._buckets.get(bucket)
-        permissions = request.query_values("permissions")
-        return {"kind": "storage#testIamPermissionsResponse", "permissions": permissions}
+        account = self._permissions.account_of(request.headers.get("Authorization"))
+        held = self._permissions.has(account, request.query_values("permissions"))
+        return {"kind": "storage#testIamPermissionsResponse", "permissions": held}
 
     # Objects
 
@@ -143,14 +114,6 @@ class CloudStorage:
     def _download(self, request: Request, bucket: str, name: str) -> Response:
         return media(self._store, request, bucket, name, Preconditions.of(request))
 
-    def _update(self, request: Request, bucket: str, name: str) -> dict:
-        sent = body(request, "objects.patch")
-
-        def change(fields: dict) -> dict:
-            return sent if request.method == "PUT" else _merge(fields, sent)
-
-        return self._store.update(bucket, name, change, self._conditions_of_live(request, bucket, name))
-
     def _delete(self, request: Request, bucket: str, name: str) -> None:
         self._store.delete(bucket, name, self._conditions_of_live(request, bucket, name))
 
@@ -165,18 +128,8 @@ class CloudStorage:
 
     # Objects made of objects
 
-    def _rewrite(self, request: Request, bucket: str, name: str, to_bucket: str, to_name: str) -> dict:
-        resource = self._copy(request, bucket, name, to_bucket, to_name)
-        return {
-            "kind": "storage#rewriteResponse",
-            "totalBytesRewritten": resource["size"],
-            "objectSize": resource["size"],
-            "done": True,
-            "resource": resource,
-        }
-
     def _copy(self, request: Request, bucket: str, name: str, to_bucket: str, to_name: str) -> dict:
-        sent = body(request, "objects.rewrite")
+        sent = body(request, "objects.copy")
         source, file = self._store.open(bucket, name)
         with file:
             check_generation(source, request.query.get("sourceGeneration"))
@@ -218,30 +171,11 @@ class CloudStorage:
             whole.discard()
 
 
-def _merge(target: dict, patch: dict) -> dict:
-    """Applies a JSON merge patch (RFC 7386): null removes, objects are merged, the rest is replaced."""
-    for name, value in patch.items():
-        if value is None:
-            target.pop(name, None)
-        elif isinstance(value, dict):
-            target[name] = _merge(target[name] if isinstance(target.get(name), dict) else {}, value)
-        else:
-            target[name] = value
-    return target
+def _violates(message: str) -> HttpError:
+    return HttpError(412, message, "conditionNotMet")
 
 
 def _project(request: Request) -> str:
     if not request.query.get("project"):
         raise HttpError(400, "Required parameter: project", "required")
     return request.query["project"]
-
-
-def _not_imitated(request: Request, rest: str) -> Response:
-    call = f"{request.method} {request.path}"
-    warn_once(f"not imitated by the local cloud: {call}")
-    raise HttpError(501, f"{call} is not imitated by the local cloud.", "notImplemented")
-
-
-def _service_account(_: Request, project: str) -> dict:
-    address = f"service-{PROJECT_NUMBER}@gs-project-accounts.iam.gserviceaccount.com"
-    return {"kind": "storage#serviceAccount", "email_address": address}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from ..front.http_server import HttpError, Request, natural
-from .glob import Glob
 
 MAX_PAGE = 1000
 
@@ -31,34 +30,27 @@ class Listing:
     delimiter: str = ""
     start: str = ""
     end: str = ""
-    glob: Glob | None = None
     after: str = ""
     limit: int = MAX_PAGE
-    with_trailing: bool = False  # whether what ends with the first delimiter is listed as an object too
 
     @classmethod
     def of_request(cls, request: Request) -> Self:
         """Reads the query; raises HttpError 400 if it makes no sense."""
         query = request.query
-        glob, delimiter = query.get("matchGlob"), query.get("delimiter", "")
-        if glob and delimiter not in ("", "/"):
-            raise HttpError(400, "With matchGlob, the delimiter must be '/' or absent.", "invalidParameter")
         return cls(
             prefix=query.get("prefix", ""),
-            delimiter=delimiter,
+            delimiter=query.get("delimiter", ""),
             start=query.get("startOffset", ""),
             end=query.get("endOffset", ""),
-            glob=Glob(glob) if glob else None,
             after=decode_token(query.get("pageToken", "")),
             limit=page_size(request),
-            with_trailing=query.get("includeTrailingDelimiter", "").lower() == "true",
         )
 
     def page(self, names: Iterable[str]) -> Page:
         """The page, taken from names that are sorted and begin with the prefix."""
         page, last = Page(), self.after
         for name in names:
-            if name < self.start or (self.glob and not self.glob.matches(name)):
+            if name < self.start:
                 continue
             if self.end and name >= self.end:
                 break
@@ -72,8 +64,6 @@ class Listing:
                 page.next_token = encode_token(last)
                 break
             (page.names if at < 0 else page.prefixes).append(entry)
-            if at >= 0 and entry == name and self.with_trailing:
-                page.names.append(name)
             last = entry
         return page
 

@@ -131,24 +131,6 @@ class ObjectStore:
         finally:
             second.unlink(missing_ok=True)
 
-    def update(
-        self,
-        bucket: str,
-        name: str,
-        change: Callable[[dict], dict],
-        conditions: Preconditions = NO_CONDITIONS,
-    ) -> dict:
-        """Replaces the writable fields of the object's resource by what `change` makes of them."""
-        self.find(bucket, name)
-        with self.buckets.locked(bucket):
-            resource = self._live(bucket, name)
-            conditions.check(resource)
-            if resource is None:
-                raise _no_such_object(bucket, name)
-            resource = resources.changed(resource, change)
-            self._write_record(bucket, resource, self._path(bucket, name))
-        return resource
-
     def delete(self, bucket: str, name: str, conditions: Preconditions = NO_CONDITIONS) -> None:
         """Removes the object."""
         self.find(bucket, name)

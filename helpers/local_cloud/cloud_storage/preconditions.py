@@ -16,8 +16,6 @@ class Preconditions:
 
     generation: int | None = None
     not_generation: int | None = None
-    metageneration: int | None = None
-    not_metageneration: int | None = None
     etags: tuple[str, ...] | None = None
     not_etags: tuple[str, ...] | None = None
 
@@ -33,32 +31,18 @@ class Preconditions:
     @classmethod
     def of_query(cls, query: Mapping[str, str], prefix: str = "if") -> "Preconditions":
         """From a JSON API request's query; prefix "ifSource" for the object that a copy is made of."""
-        names = ("GenerationMatch", "GenerationNotMatch", "MetagenerationMatch", "MetagenerationNotMatch")
+        names = ("GenerationMatch", "GenerationNotMatch")
         return cls(*(_number(query.get(prefix + name), prefix + name) for name in names))
-
-    @classmethod
-    def of_headers(cls, headers: Mapping[str, str]) -> "Preconditions":
-        """From the headers of an XML API request, which has only the positive conditions."""
-        names = ("x-goog-if-generation-match", "x-goog-if-metageneration-match")
-        generation, metageneration = (_number(headers.get(name), name) for name in names)
-        return cls(
-            generation=generation,
-            metageneration=metageneration,
-            etags=_etags(headers.get("If-Match")),
-            not_etags=_etags(headers.get("If-None-Match")),
-        )
 
     def check(self, resource: dict | None, reading: bool = False) -> None:
         """Raises HttpError when they do not hold for a resource (None: it does not exist).
 
-        The status is 412, or 304 for a read that wants any generation but this one. A bucket's resource has
-        no generation, so only its metageneration is checked.
+        The status is 412, or 304 for a read that wants any generation but this one.
         """
         generation = int(resource.get("generation", 0)) if resource else 0
-        metageneration = int(resource["metageneration"]) if resource else 0
-        if self.generation not in (None, generation) or self.metageneration not in (None, metageneration):
+        if self.generation not in (None, generation):
             raise _failed(412)
-        if self.not_generation == generation or (resource and self.not_metageneration == metageneration):
+        if self.not_generation == generation:
             raise _failed(304 if reading else 412)
         etag = resource["etag"] if resource else None
         if self.etags is not None and not _matches(etag, self.etags):

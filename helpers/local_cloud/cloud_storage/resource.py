@@ -1,7 +1,6 @@
 """An object's resource: what the JSON API says of it
 (https://cloud.google.com/storage/docs/json_api/v1/objects)."""
 
-from collections.abc import Callable
 from urllib.parse import quote
 
 from ..front.http_server import HttpError
@@ -53,24 +52,6 @@ def new(bucket: str, name: str, generation: int, content: Checksums, own: dict) 
         resource["componentCount"] = content.components
         del resource["contentType"]
     return resource | own
-
-
-def changed(resource: dict, change: Callable[[dict], dict]) -> dict:
-    """The resource with its writable fields replaced by `change`'s result, and the next metageneration."""
-    own = {key: resource[key] for key in (*TEXT_FIELDS, "metadata") if key in resource}
-    rest = {key: value for key, value in resource.items() if key not in own}
-    metageneration = int(resource["metageneration"]) + 1
-    return (
-        rest
-        | ({"contentType": DEFAULT_CONTENT_TYPE} if "contentType" in resource else {})
-        | {"storageClass": "STANDARD"}
-        | writable(change(own))
-        | {
-            "metageneration": str(metageneration),
-            "etag": etag(f"{resource['generation']}/{metageneration}"),
-            "updated": timestamp(),
-        }
-    )
 
 
 def writable(fields: dict) -> dict:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..front.http_server import HttpError, Request, Response, Router
-from .fields import body, check_body, checked
+from ..front.permissions import Permissions
+from .fields import body, check_body, check_permission, checked
 from .multipart import related_parts
 from .names import check_object_name
 from .object_store import ObjectStore
@@ -41,15 +42,16 @@ class Uploads:
     Sessions live in this process; what they hold becomes an object only at the end.
     """
 
-    def __init__(self, store: ObjectStore):
+    def __init__(self, store: ObjectStore, permissions: Permissions):
         self._store = store
+        self._permissions = permissions
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
     def routes(self, router: Router) -> None:
         """Adds the upload paths."""
         for path in ("/upload/storage/v1/b/{bucket}/o", "/resumable/upload/storage/v1/b/{bucket}/o"):
-            router.route("POST PUT DELETE", path)(checked("objects.insert", self._upload))
+            router.route("POST PUT DELETE", path)(checked("objects.insert", self._upload, self._permissions))
 
     def _upload(self, request: Request, bucket: str) -> dict | Response:
         if session_id := request.query.get("upload_id"):
@@ -67,6 +69,7 @@ class Uploads:
             fields, content_type, chunks = related_parts(request)
             check_body(fields, "objects.insert")
             fields.setdefault("contentType", content_type)
+        self._check_overwriting(request, bucket, _name(request, fields))
         content = self._store.partial()
         try:
             content.append(chunks)
@@ -78,6 +81,10 @@ class Uploads:
         _check(content, fields, request)
         return self._store.put(bucket, name, content, fields, Preconditions.of(request))
 
+    def _check_overwriting(self, request: Request, bucket: str, name: str) -> None:
+        if self._store.find(bucket, name):
+            check_permission(request, "objects.overwrite", self._permissions)
+
     # Resumable
 
     def _begin(self, request: Request, bucket: str) -> Response:
@@ -87,6 +94,7 @@ class Uploads:
         conditions = Preconditions.of(request)
         if conditions != Preconditions():
             conditions.check(self._store.find(bucket, name))
+        self._check_overwriting(request, bucket, name)
         session = Session(bucket, name, _described(request, fields), conditions, self._store.partial())
         session_id = uuid.uuid4().hex
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from .metrics import UserMetrics
 MAX_RESTARTS = 4  # of the worker, in a row without any progress
 MAX_MESSAGES = 1000  # the newest are kept
 LOG_END_CHARACTERS = 4000
+YOUNG_SECONDS = 1.0  # after this a job can be drained; the service takes minutes
 CANCEL_SECONDS = 5.0  # then the worker is killed
 
 State = jobs.JobState
@@ -63,8 +65,8 @@ class Job:
         # Names the subscriptions of the topics that are read: a job that replaces another takes them over.
         self._name = replaces._name if replaces else f"dataflow-{message.id}"
         self._own_subscriptions: list[str] = []
-        self.stateful = False
         self.successor: Job | None = None
+        self._running_since = math.inf
         self._worker: subprocess.Popen | None = None
         self._restarts = 0
         self._in_order = True  # whether the last worker ended as it should
@@ -74,6 +76,12 @@ class Job:
     @property
     def state(self) -> State:
         return State(self._message.current_state)
+
+    @property
+    def pipeline_url(self) -> str:
+        """Where the job's pipeline was staged."""
+        options = self._message.environment.sdk_pipeline_options.fields["options"].struct_value
+        return options.fields["pipelineUrl"].string_value
 
     def start(self) -> None:
         self._thread.start()
@@ -102,6 +110,11 @@ class Job:
         """Takes the fields that a mask names from another Job protobuf."""
         with self._lock:
             mask.MergeMessage(changes, self._message)
+
+    def is_ready_to_drain(self) -> bool:
+        """Whether the job has run for a moment: a younger one, and one that is replaced, cannot drain."""
+        running = time.monotonic() - self._running_since
+        return self.state == State.JOB_STATE_RUNNING and not self.successor and running >= YOUNG_SECONDS
 
     def drain(self) -> None:
         """Has the job stop taking input, and end when it has finished what it took in."""
@@ -176,7 +189,8 @@ class Job:
             "pipeline_url": url,
             "options": {k: _whole(v) for k, v in options.items() if not isinstance(v, dict)},
             "name": self._name,
-            "replaces": self._replaces is not None,
+            "replaces": self._replaces.pipeline_url if self._replaces else "",
+            "transform_name_mapping": dict(self._message.transform_name_mapping),
         }
         (folder / "settings.json").write_text(json.dumps(settings))
 
@@ -266,9 +280,9 @@ class Job:
         with self._lock:
             match report["kind"]:
                 case "running":
-                    self.stateful = report["stateful"]
                     self._own_subscriptions = report["subscriptions"]
                     if self.state == State.JOB_STATE_PENDING:
+                        self._running_since = time.monotonic()
                         self._set_state(State.JOB_STATE_RUNNING)
                         if self._replaces:
                             self._replaces.hand_over(self)

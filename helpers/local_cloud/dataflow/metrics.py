@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from google.cloud.dataflow_v1beta3.types import metrics as types
@@ -27,7 +27,17 @@ class UserMetrics:
 
     def updates(self) -> list[Any]:
         """The MetricUpdates of a JobMetrics: Beam's client wants each value both committed and tentative."""
-        return [_update(*item, tentative) for item in self._totals.items() for tentative in (False, True)]
+        items = [*self._totals.items(), *self._derived()]
+        return [_update(*item, tentative) for item in items for tentative in (False, True)]
+
+    def _derived(self) -> Iterator[tuple[_Key, float]]:
+        """The scalars that the service adds to each distribution."""
+        for (namespace, name, step), value in self._totals.items():
+            if isinstance(value, dict):
+                mean = value["sum"] / value["count"] if value["count"] else 0.0
+                parts = {"MIN": value["min"], "MAX": value["max"], "MEAN": mean, "COUNT": value["count"]}
+                for suffix, part in parts.items():
+                    yield (namespace, f"{name}_{suffix}", step), part
 
 
 def _sum(total: _Value, value: _Value) -> _Value:

@@ -9,16 +9,15 @@ replaced, at most four times without progress. A job ends with the local cloud.
 
 Batch jobs run on Beam's FnApiRunner. So do streaming jobs without state, once for every 1 to 100 messages:
 these are acknowledged when they have gone through, and redelivered without limit when the pipeline fails;
-the failure is a job message. A streaming job with state, timers or grouping runs on Beam's bundle-based
-direct runner: its messages are acknowledged when they have gone through, a worker that fails loses its
-state, and there are no user metrics. Draining finishes what was pulled, closes the windows, and leaves
-everything else in the subscription. A topic that is read gets a subscription when the job starts, which is
+the failure is a job message. Draining finishes what was pulled, and leaves everything else in the
+subscription. A topic that is read gets a subscription when the job starts, which is
 deleted when the job ends.
 
 The worker's log is FOLDER/dataflow-JOB_ID.log; the job's first message names it.
 
-What it does not imitate: container images, machine types, disks, accelerators, autoscaling, several
-workers; requirements files (a job message says so); templates, snapshots, SQL, other languages' transforms;
+What it does not imitate: streaming with state, timers, grouping or windows; container images, disks,
+accelerators, autoscaling, several workers; requirements files (a job message says which do not hold);
+templates, snapshots, SQL, other languages' transforms;
 removal of duplicates with id_label; reading from Pub/Sub in batch jobs, and other unbounded sources. A
 missing package ends a streaming job here, where Dataflow would keep trying. Jobs are forgotten when the
 local cloud stops; their logs stay.
@@ -40,8 +39,11 @@ from google.cloud.dataflow_v1beta3.types import jobs, messages, metrics
 from ..cloud_storage.names import file_of
 from ..front.grpc_service import add_service, already_exists, failed_precondition, invalid_argument, not_found
 from ..front.labels import check_labels
+from ..front.permissions import Permissions
+from ..front.regions import REGIONS
 from .fields import TABLES
 from .job import ENDED, Job, State
+from .workers import check_worker_pool
 
 DEFAULT_LOCATION = "us-central1"
 _JOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,1022}[a-z0-9])?")
@@ -75,9 +77,8 @@ class Dataflow:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
 
-    def register(self, server: grpc.Server) -> None:
+    def register(self, server: grpc.Server, permissions: Permissions) -> None:
         """Adds the services to a server."""
-        aggregated = jobs.ListJobsRequest.pb()
         add_service(
             server,
             "google.dataflow.v1beta3.JobsV1Beta3",
@@ -86,21 +87,23 @@ class Dataflow:
                 self.GetJob: jobs.GetJobRequest.pb(),
                 self.UpdateJob: jobs.UpdateJobRequest.pb(),
                 self.ListJobs: jobs.ListJobsRequest.pb(),
-                self.AggregatedListJobs: aggregated,
             },
             TABLES,
+            permissions,
         )
         add_service(
             server,
             "google.dataflow.v1beta3.MessagesV1Beta3",
             {self.ListJobMessages: messages.ListJobMessagesRequest.pb()},
             TABLES,
+            permissions,
         )
         add_service(
             server,
             "google.dataflow.v1beta3.MetricsV1Beta3",
             {self.GetJobMetrics: metrics.GetJobMetricsRequest.pb()},
             TABLES,
+            permissions,
         )
 
     def stop(self) -> None:
@@ -149,11 +152,6 @@ class Dataflow:
             raise failed_precondition(
                 f"Job {old.id} is in state {job.state.name}: only running jobs can be updated."
             )
-        if job.stateful:
-            raise failed_precondition(
-                f"Job {old.id} has state, which the local cloud cannot carry over: drain it and submit the "
-                "new one."
-            )
         return job
 
     def _active(self, message: Any) -> Job | None:
@@ -170,17 +168,29 @@ class Dataflow:
 
     def ListJobs(self, request: Any, context: grpc.ServicerContext) -> Any:
         location = request.location or DEFAULT_LOCATION
-        return self._list(request, lambda job: job.location == location)
-
-    def AggregatedListJobs(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return self._list(request, lambda job: True)
+        filters = jobs.ListJobsRequest.Filter
+        with self._lock:
+            known = [job.copy() for job in reversed(self._jobs.values())]
+        found = []
+        for job in known:
+            ended = job.current_state in ENDED
+            if (
+                job.location == location
+                and job.project_id == request.project_id
+                and not (request.filter == filters.TERMINATED and not ended)
+                and not (request.filter == filters.ACTIVE and ended)
+            ):
+                job.ClearField("environment")  # a list holds summaries, without labels too
+                job.ClearField("labels")
+                found.append(job)
+        return jobs.ListJobsResponse.pb()(jobs=found)
 
     def UpdateJob(self, request: Any, context: grpc.ServicerContext) -> Any:
         job = self._job(request)
         message, wanted = job.copy(), State(request.job.requested_state)
         if job.state in ENDED:
             raise failed_precondition(
-                f"Job {message.id} cannot be changed: it has ended in state {job.state.name}."
+                f"Operation not allowed for JOB {message.id}. Job has terminated in state {job.state.name}."
             )
         if request.update_mask.paths:
             if wanted:
@@ -191,6 +201,11 @@ class Dataflow:
             if message.type_ != _STREAMING:
                 raise failed_precondition(
                     f"Job {message.id} is a batch job: only streaming jobs can be drained."
+                )
+            if job.state != State.JOB_STATE_DRAINING and not job.is_ready_to_drain():
+                raise failed_precondition(
+                    f"Operation drain not allowed for JOB {message.id}. Job is not yet ready for draining. "
+                    "Please retry in a few minutes."
                 )
             job.drain()
         elif wanted == State.JOB_STATE_CANCELLED:
@@ -230,27 +245,13 @@ class Dataflow:
             )
         return job
 
-    def _list(self, request: Any, wanted: Any) -> Any:
-        filters = jobs.ListJobsRequest.Filter
-        with self._lock:
-            known = [job.copy() for job in reversed(self._jobs.values())]
-        found = []
-        for job in known:
-            ended = job.current_state in ENDED
-            if (
-                wanted(job)
-                and job.project_id == request.project_id
-                and (not request.name or job.name == request.name)
-                and not (request.filter == filters.TERMINATED and not ended)
-                and not (request.filter == filters.ACTIVE and ended)
-            ):
-                job.ClearField("environment")  # a list holds summaries
-                found.append(job)
-        return jobs.ListJobsResponse.pb()(jobs=found)
-
     def _check(self, job: Any) -> None:
         if not job.project_id:
             raise invalid_argument("The job has no project.")
+        if job.location not in REGIONS:
+            raise invalid_argument(f"{job.location} is not a region of Dataflow.")
+        for pool in job.environment.worker_pools:
+            check_worker_pool(pool, job.type_ == _STREAMING)
         if not _JOB_NAME.fullmatch(job.name):
             raise invalid_argument(
                 f"The job name {job.name!r} is invalid: use lower-case letters, digits and hyphens, "

@@ -1,11 +1,14 @@
 """What Google's clients ask about credentials and projects before, or alongside, their actual calls."""
 
+from urllib.parse import parse_qsl
+
 import grpc
 from google.cloud.resourcemanager_v3.types import projects
 
 from .fields import fields
 from .grpc_service import add_service, not_found
 from .http_server import Request, Response, Router
+from .permissions import Permissions
 
 Project = projects.Project.pb()
 GetProjectRequest = projects.GetProjectRequest.pb()
@@ -26,10 +29,14 @@ class Accounts:
         path = "/v1/projects/{project}/serviceAccounts/{account}/allowedLocations"
         router.route("GET", path, "iamcredentials.googleapis.com")(_allowed_locations)
 
-    def register(self, server: grpc.Server) -> None:
+    def register(self, server: grpc.Server, permissions: Permissions) -> None:
         """Adds the call by which clients learn a project's number."""
         add_service(
-            server, "google.cloud.resourcemanager.v3.Projects", {self.GetProject: GetProjectRequest}, TABLES
+            server,
+            "google.cloud.resourcemanager.v3.Projects",
+            {self.GetProject: GetProjectRequest},
+            TABLES,
+            permissions,
         )
 
     def GetProject(self, request, _: grpc.ServicerContext):
@@ -43,8 +50,10 @@ class Accounts:
         )
 
 
-def _token(_: Request) -> dict:
-    return {"access_token": "local-cloud", "expires_in": 3600, "token_type": "Bearer"}
+def _token(request: Request) -> dict:
+    # The assertion is a token that the account's key has signed: what names the account is handed on.
+    assertion = dict(parse_qsl(request.read().decode())).get("assertion", "local-cloud")
+    return {"access_token": assertion, "expires_in": 3600, "token_type": "Bearer"}
 
 
 def _allowed_locations(_: Request, project: str, account: str) -> dict | Response:

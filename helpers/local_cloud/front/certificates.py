@@ -100,14 +100,14 @@ def server_context(certificate: Certificate, folder: Path) -> ssl.SSLContext:
     return context
 
 
-def service_account(project: str) -> dict:
+def service_account(project: str, address: str) -> dict:
     """A made-up service account's key file: clients sign with it, and only the local cloud accepts it."""
     return {
         "type": "service_account",
         "project_id": project,
         "private_key_id": "local-cloud",
         "private_key": _private_pem(rsa.generate_private_key(65537, 2048)).decode(),
-        "client_email": f"local-cloud@{project}.iam.gserviceaccount.com",
+        "client_email": address,
         "client_id": "1",
         "token_uri": "https://oauth2.googleapis.com/token",
     }

@@ -2,13 +2,12 @@
 
 A field that is accepted and then forgotten is the worst that an imitation can do. So each call has a table of
 the fields that it honours and of those that have no effect here (the page says which and why); a request that
-sets any other field is refused with the field's name. tests/local_cloud_fields.py writes the table of all the
-fields of the clients' own types to FIELDS.md.
+sets any other field is refused with the field's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +99,3 @@ def says_nothing(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(says_nothing(part) for part in value.values())
     return not value
-
-
-def every_field(descriptor: Any, table: Fields, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """All the fields of a protobuf message type with what becomes of each, as deep as the table goes."""
-    for field in descriptor.fields:
-        path = prefix + field.name
-        nested = field.message_type
-        if nested is not None and not nested.GetOptions().map_entry and table.has_entries_in(path):
-            yield from every_field(nested, table, f"{path}.")
-        else:
-            yield path, table.of(path)

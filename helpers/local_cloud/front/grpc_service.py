@@ -8,6 +8,9 @@ from typing import Any
 import grpc
 
 from .fields import Fields, refused_in_message
+from .permissions import Permissions, denied_text, email
+
+_CANCELLED = 5  # JOB_STATE_CANCELLED
 
 
 class RpcError(Exception):
@@ -47,6 +50,7 @@ def add_service(
     name: str,
     methods: Mapping[Callable[[Any, grpc.ServicerContext], Any], type],
     tables: Mapping[str, Fields],
+    permissions: Permissions,
     streaming: Mapping[Callable[[Any, grpc.ServicerContext], Any], type] | None = None,
 ) -> None:
     """Adds a service to a server.
@@ -57,17 +61,21 @@ def add_service(
       methods: maps each method, named after its RPC, to the protobuf class of its request. The method takes
         the request and the call's context, and returns the protobuf message of the answer.
       tables: what becomes of the fields of each RPC's request, by the RPC's name.
+      permissions: of the accounts that call.
       streaming: the same for RPCs that take an iterator of requests and yield answers.
     """
+    service = name.removeprefix("google.").removeprefix("cloud.").split(".")[0]
     handlers = {
         method.__name__: grpc.unary_unary_rpc_method_handler(
-            _answer(method, tables[method.__name__]), request.FromString, _serialize
+            _answer(method, tables[method.__name__], service, permissions), request.FromString, _serialize
         )
         for method, request in methods.items()
     }
     for method, request in (streaming or {}).items():
         handlers[method.__name__] = grpc.stream_stream_rpc_method_handler(
-            _answer_stream(method, tables[method.__name__]), request.FromString, _serialize
+            _answer_stream(method, tables[method.__name__], service, permissions),
+            request.FromString,
+            _serialize,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
@@ -76,9 +84,23 @@ def _serialize(message: Any) -> bytes:
     return message.SerializeToString()
 
 
-def _answer(method: Callable, table: Fields) -> Callable:
+def check_permission(permissions: Permissions, service: str, call: str, request: Any, context: Any) -> None:
+    """Raises RpcError if the caller may not make a call."""
+    account = permissions.account_of(dict(context.invocation_metadata()).get("authorization"))
+    if permission := permissions.missing(account, call):
+        resource = getattr(request, "parent", "") or getattr(request, "name", "")
+        address = email(account, permissions.project)
+        text = denied_text(service, permission, permissions.project, address, resource)
+        raise RpcError(grpc.StatusCode.PERMISSION_DENIED, text)
+
+
+def _answer(method: Callable, table: Fields, service: str, permissions: Permissions) -> Callable:
     def call(request: Any, context: grpc.ServicerContext) -> Any:
         try:
+            name = method.__name__
+            if name == "UpdateJob" and request.job.requested_state == _CANCELLED:
+                name = "CancelJob"  # which has a permission of its own
+            check_permission(permissions, service, name, request, context)
             return method(_checked(request, method, table), context)
         except RpcError as error:
             context.abort(error.code, str(error))
@@ -86,9 +108,10 @@ def _answer(method: Callable, table: Fields) -> Callable:
     return call
 
 
-def _answer_stream(method: Callable, table: Fields) -> Callable:
+def _answer_stream(method: Callable, table: Fields, service: str, permissions: Permissions) -> Callable:
     def call(requests: Any, context: grpc.ServicerContext) -> Any:
         try:
+            check_permission(permissions, service, method.__name__, None, context)
             yield from method((_checked(request, method, table) for request in requests), context)
         except RpcError as error:
             context.abort(error.code, str(error))

@@ -15,6 +15,7 @@ import grpc
 from google.cloud.monitoring_v3.types import metric_service
 
 from ..front.grpc_service import add_service, invalid_argument, unimplemented
+from ..front.permissions import Permissions
 from .fields import TABLES
 
 BACKLOG = "pubsub.googleapis.com/subscription/num_undelivered_messages"
@@ -31,13 +32,14 @@ class Monitoring:
     def __init__(self, waiting: Callable[[str], int | None]):
         self._waiting = waiting
 
-    def register(self, server: grpc.Server) -> None:
+    def register(self, server: grpc.Server, permissions: Permissions) -> None:
         """Adds the service to a server."""
         add_service(
             server,
             "google.monitoring.v3.MetricService",
             {self.ListTimeSeries: metric_service.ListTimeSeriesRequest.pb()},
             TABLES,
+            permissions,
         )
 
     def stop(self) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..front.fields import REFUSED
-from ..front.grpc_service import invalid_argument, unimplemented
-from .fields import TABLES
+from ..front.grpc_service import invalid_argument
 
 MAX_REQUEST_BYTES = (
     10_000_000  # this and the following: https://cloud.google.com/pubsub/quotas#resource_limits
@@ -23,33 +21,6 @@ MAX_ORDERING_KEY_BYTES = 1024
 ACK_DEADLINE_SECONDS = range(10, 601)
 
 _ID = re.compile(r"(?!goog)[A-Za-z][A-Za-z0-9\-_.~+%]{2,254}")
-_UPDATABLE = {
-    "topic": {"labels", "message_retention_duration"},
-    "subscription": {
-        "ack_deadline_seconds",
-        "retain_acked_messages",
-        "message_retention_duration",
-        "labels",
-        "expiration_policy",
-    },
-}
-_TABLES = {"topic": TABLES["CreateTopic"], "subscription": TABLES["CreateSubscription"]}
-
-
-def updated(old: Any, new: Any, mask: Any, kind: str) -> Any:
-    """A copy of `old` with the fields that the mask names taken from `new`."""
-    if not mask.paths:
-        raise invalid_argument("The update_mask must name at least one field.")
-    for path in mask.paths:
-        name = path.partition(".")[0]
-        if name in new.DESCRIPTOR.fields_by_name and _TABLES[kind].of(name) == REFUSED:
-            raise unimplemented(f"{path} of a {kind}.")
-        if path not in _UPDATABLE[kind]:
-            raise invalid_argument(f"Invalid update_mask: {path!r} of a {kind} cannot be changed.")
-    merged = type(old)()
-    merged.CopyFrom(old)
-    mask.MergeMessage(new, merged, replace_message_field=True, replace_repeated_field=True)
-    return merged
 
 
 def check_name(name: str, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""The messages of one Pub/Sub subscription: waiting, leased to a subscriber, or kept for a seek."""
+"""The messages of one Pub/Sub subscription: waiting, or leased to a subscriber."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-MAX_RETAINED = 100_000  # acknowledged messages that one subscription keeps for a seek
 MAX_BYTES_PER_ANSWER = 10_000_000
 
 
@@ -45,16 +44,20 @@ class Subscription:
 
     A message is delivered at least once: the first time in the order of publishing, and again, ahead of the
     others, when its lease ends without an acknowledgement.
+
+    Args:
+      settings: the Subscription protobuf.
+      now: a clock that only goes forward, in seconds.
     """
 
-    def __init__(self, settings: Any):
+    def __init__(self, settings: Any, now: Callable[[], float] = time.monotonic):
+        self._now = now
         self.settings = settings  # the Subscription protobuf; replaced as a whole, never changed
         self.closed = False
         self._changed = threading.Condition()
         self._ready: deque[Any] = deque()
         self._leases: dict[str, _Lease] = {}
         self._deadlines: list[tuple[float, str]] = []  # a heap; entries of past leases are skipped
-        self._acknowledged: deque[Any] = deque(maxlen=MAX_RETAINED)
         self._numbers = itertools.count(1)
 
     def put(self, messages: Iterable[Any]) -> None:
@@ -84,15 +87,15 @@ class Subscription:
           or the subscriber has gone.
         """
         flow = flow or Flow()
-        end = None if wait_seconds is None else time.monotonic() + wait_seconds
+        end = None if wait_seconds is None else self._now() + wait_seconds
         with self._changed:
             while not (self.closed or abandoned()):
                 next_due = self._release_expired()
                 if self._ready and flow.has_room(self._ready[0].ByteSize()):
                     return self._lease(max_messages, lease_seconds(), flow)
                 limits = [t for t in (end, next_due) if t is not None]
-                left = min(limits) - time.monotonic() if limits else None
-                if end is not None and end <= time.monotonic():
+                left = min(limits) - self._now() if limits else None
+                if end is not None and end <= self._now():
                     break
                 self._changed.wait(left if left is None else max(left, 0.001))
             return []
@@ -106,40 +109,18 @@ class Subscription:
         """Marks messages as done; an id whose lease is over is ignored, as in Pub/Sub."""
         with self._changed:
             for ack_id in ack_ids:
-                if lease := self._end_lease(ack_id):
-                    self._retain(lease.message)
+                self._end_lease(ack_id)
             self._changed.notify_all()
 
     def modify_deadline(self, ack_ids: Iterable[str], seconds: Iterable[int]) -> None:
         """Makes leases end that many seconds from now; zero gives the message back at once."""
         with self._changed:
-            now = time.monotonic()
+            now = self._now()
             for ack_id, length in zip(ack_ids, seconds, strict=True):
                 if lease := self._leases.get(ack_id):
                     lease.due = now + length
                     heapq.heappush(self._deadlines, (lease.due, ack_id))
             self._release_expired()
-            self._changed.notify_all()
-
-    def seek(self, nanoseconds: int) -> None:
-        """Acknowledges messages published before a time; makes acknowledged ones published since ready again.
-
-        Acknowledged messages are kept for this only if the subscription has `retain_acked_messages`.
-        Messages published after the call are not touched, even if the time lies in the future.
-        """
-        with self._changed:
-            before = [m for m in self._ready if m.publish_time.ToNanoseconds() < nanoseconds]
-            for ack_id, lease in list(self._leases.items()):
-                if lease.message.publish_time.ToNanoseconds() < nanoseconds:
-                    self._end_lease(ack_id)
-                    before.append(lease.message)
-            again = [m for m in self._acknowledged if m.publish_time.ToNanoseconds() >= nanoseconds]
-            kept = [m for m in self._acknowledged if m.publish_time.ToNanoseconds() < nanoseconds]
-            waiting = [m for m in self._ready if m.publish_time.ToNanoseconds() >= nanoseconds]
-            self._ready = deque(sorted(waiting + again, key=lambda m: int(m.message_id)))
-            self._acknowledged = deque(kept, maxlen=MAX_RETAINED)
-            for message in before:
-                self._retain(message)
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -154,7 +135,7 @@ class Subscription:
 
     def _lease(self, max_messages: int, seconds: float, flow: Flow) -> list[tuple[str, Any]]:
         taken: list[tuple[str, Any]] = []
-        due, total = time.monotonic() + seconds, 0
+        due, total = self._now() + seconds, 0
         while self._ready and len(taken) < max_messages:
             size = self._ready[0].ByteSize()
             if not flow.has_room(size) or (taken and total + size > MAX_BYTES_PER_ANSWER):
@@ -177,7 +158,7 @@ class Subscription:
 
     def _release_expired(self) -> float | None:
         """Makes messages whose lease is over ready again; returns when the next lease ends."""
-        now, expired = time.monotonic(), []
+        now, expired = self._now(), []
         while self._deadlines:
             due, ack_id = self._deadlines[0]
             lease = self._leases.get(ack_id)
@@ -189,7 +170,3 @@ class Subscription:
             heapq.heappop(self._deadlines)
         self._ready.extendleft(reversed(expired))
         return self._deadlines[0][0] if self._deadlines else None
-
-    def _retain(self, message: Any) -> None:
-        if self.settings.retain_acked_messages:
-            self._acknowledged.append(message)

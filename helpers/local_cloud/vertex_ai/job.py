@@ -1,4 +1,4 @@
-"""Reads a Vertex AI CustomJob: whether it can run here, its timeout and variables, filters that match it."""
+"""Reads a Vertex AI CustomJob: whether it can run here, its timeout and its variables."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import json
 import re
 from typing import Any
 
-from google.cloud.aiplatform_v1.types import job_state
-
 from ..front.grpc_service import invalid_argument, unimplemented
 
+# https://cloud.google.com/vertex-ai/docs/training/configure-compute
+MACHINE_TYPE = re.compile(
+    r"e2-standard-(4|8|16|32)|e2-highmem-(2|4|8|16)|e2-highcpu-(16|32)"
+    r"|n2-(standard-(4|8|16|32|48|64|80)|highmem-(2|4|8|16|32|48|64|80)|highcpu-(16|32|48|64|80))"
+    r"|n1-(standard-(4|8|16|32|64|96)|highmem-(2|4|8|16|32|64|96)|highcpu-(16|32|64|96))"
+    r"|c2-standard-(4|8|16|30|60)|m1-ultramem-(40|80|160)|m1-megamem-96"
+    r"|g2-standard-(4|8|12|16|24|32|48|96)|a2-(highgpu-[1248]g|megagpu-16g|ultragpu-[1248]g)"
+    r"|a3-(highgpu-[1248]g|megagpu-8g|ultragpu-8g)|a4-highgpu-8g|a4x-highgpu-4g"
+)
 DEFAULT_TIMEOUT_SECONDS = 7 * 24 * 3600
-_TERM = re.compile(r'\s*(display_name|displayName|state|labels\.[\w-]+)\s*(=|:)\s*("[^"]*"|[^\s"]+)\s*')
 
 
 def check(job: Any) -> None:
@@ -24,18 +30,16 @@ def check(job: Any) -> None:
     if len(pools) > 1 or pools[0].replica_count > 1:
         raise unimplemented("a custom job with more than one replica.")
     pool = pools[0]
-    if not pool.machine_spec.machine_type:
+    machine_type = pool.machine_spec.machine_type
+    if not machine_type:
         raise invalid_argument("worker_pool_specs[0].machine_spec.machine_type is missing.")
-    if pool.HasField("python_package_spec"):
-        spec = pool.python_package_spec
-        if not (spec.executor_image_uri and spec.package_uris and spec.python_module):
-            raise invalid_argument(
-                "A python_package_spec needs executor_image_uri, package_uris and python_module."
-            )
-    elif not pool.container_spec.image_uri:
-        raise invalid_argument(
-            "worker_pool_specs[0] needs a container_spec with image_uri, or a python_package_spec."
-        )
+    if not MACHINE_TYPE.fullmatch(machine_type):
+        raise invalid_argument(f'Machine type "{machine_type}" is not supported.')
+    disk = pool.disk_spec.boot_disk_size_gb
+    if disk and not 100 <= disk <= 64000:
+        raise invalid_argument(f"boot_disk_size_gb must be between 100 and 64000, not {disk}.")
+    if not pool.container_spec.image_uri:
+        raise invalid_argument("worker_pool_specs[0] needs a container_spec with image_uri.")
 
 
 def timeout_seconds(job: Any) -> float:
@@ -68,25 +72,3 @@ def job_variables(job: Any) -> dict[str, str]:
             "AIP_TENSORBOARD_LOG_DIR": f"{output}/logs/",
         }
     return variables
-
-
-def parse_filter(text: str) -> list[tuple[str, str, str]]:
-    """The terms of a filter such as `state="JOB_STATE_RUNNING" AND labels.made-by=me`: all must hold."""
-    if not text.strip():
-        return []
-    terms = [_TERM.fullmatch(term) for term in re.split(r"\bAND\b", text)]
-    if None in terms:
-        raise unimplemented(
-            f"the filter {text!r}; use terms of display_name, state and labels.KEY joined by AND."
-        )
-    return [(t[1], t[2], t[3].strip('"')) for t in terms if t]
-
-
-def matches(job: Any, name: str, operator: str, value: str) -> bool:
-    """Whether a CustomJob satisfies one term of a filter."""
-    if name.startswith("labels."):
-        key = name.removeprefix("labels.")
-        return key in job.labels and ((operator, value) == (":", "*") or job.labels[key] == value)
-    if name == "state":
-        return job_state.JobState(job.state).name == value
-    return job.display_name == value

@@ -1,9 +1,8 @@
 """Vertex AI custom jobs on this machine.
 
-What it does: create, get, list (with a filter), cancel and delete a CustomJob. Its one replica runs for
-real as a process on this machine, in a sandbox of its own (see sandbox.py). For a `python_package_spec`, its
-packages are fetched from Cloud Storage and installed, and its module is run. For a `container_spec`, its
-command and arguments are run: `python`, `pip` and the like are the sandbox's, other programs this machine's.
+What it does: create, get, list and cancel a CustomJob. Its one replica runs for real as a process on this
+machine, in a sandbox of its own (see sandbox.py). The command and arguments of its `container_spec` are run:
+`python`, `pip` and the like are the sandbox's, other programs this machine's.
 `/gcs/BUCKET/...` in a command, an argument or a variable becomes the folder of the bucket's objects.
 `scheduling.timeout` is enforced. The variables of a training container are set (AIP_MODEL_DIR and the like,
 CLOUD_ML_JOB_ID, CLOUD_ML_PROJECT_ID, CLUSTER_SPEC).
@@ -12,10 +11,10 @@ A job's output goes to FOLDER/custom-job-ID.log, whose end is also in a failed j
 ends with the local cloud.
 
 What it does not imitate: images are not pulled, so an image's own entry point and programs are missing, and
-this environment's packages stand in for the image's. Machine types, accelerators and disks are accepted but
-change nothing. Several replicas or worker pools and persistent resources are refused. A program that itself
-opens /gcs does not find it. There is no Cloud Logging. Other kinds of Vertex AI jobs and resources do not
-exist. Jobs are forgotten when the local cloud stops; their logs stay.
+this environment's packages stand in for the image's. Machine types and disks must be such as the service
+accepts, and change nothing. Several replicas or worker pools and persistent resources are refused. A program
+that itself opens /gcs does not find it. There is no Cloud Logging. Other kinds of Vertex AI jobs and
+resources do not exist. Jobs are forgotten when the local cloud stops; their logs stay.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from typing import IO, Any
 
 import grpc
 from google.cloud.aiplatform_v1.types import job_service, job_state
-from google.longrunning import operations_pb2
 from google.protobuf import empty_pb2
 
-from ..cloud_storage.names import file_of
 from ..front.grpc_service import add_service, failed_precondition, not_found
 from ..front.labels import check_labels
+from ..front.permissions import Permissions
+from ..front.regions import REGIONS
 from ..processes import sandbox
 from ..processes.process_group import COMMAND_NOT_FOUND, ProcessGroup
 from ..processes.scratch import Scratch
 from .fields import TABLES
-from .job import check, job_variables, matches, parse_filter, timeout_seconds
+from .job import check, job_variables, timeout_seconds
 
 LOG_END_CHARACTERS = 4000
 _JOB_FAILED = 3  # the code that Vertex AI gives to a replica's failure: INVALID_ARGUMENT
@@ -84,7 +83,7 @@ class VertexAI:
         self._jobs: dict[str, _Job] = {}
         self._ids = itertools.count(time.time_ns() // 1000)
 
-    def register(self, server: grpc.Server) -> None:
+    def register(self, server: grpc.Server, permissions: Permissions) -> None:
         """Adds the service to a server."""
         add_service(
             server,
@@ -96,10 +95,10 @@ class VertexAI:
                     self.GetCustomJob,
                     self.ListCustomJobs,
                     self.CancelCustomJob,
-                    self.DeleteCustomJob,
                 )
             },
             TABLES,
+            permissions,
         )
 
     def stop(self) -> None:
@@ -113,6 +112,9 @@ class VertexAI:
                 job.thread.join(timeout=10)
 
     def CreateCustomJob(self, request: Any, context: grpc.ServicerContext) -> Any:
+        region = request.parent.rpartition("/")[2]
+        if region not in REGIONS:
+            raise not_found(f"{region} is not a region of Vertex AI.")
         check(request.custom_job)
         check_labels(request.custom_job.labels)
         message = _copy(request.custom_job)
@@ -132,12 +134,11 @@ class VertexAI:
             return _copy(self._job(request.name).message)
 
     def ListCustomJobs(self, request: Any, context: grpc.ServicerContext) -> Any:
-        terms = parse_filter(request.filter)
         with self._lock:
             jobs = [
                 _copy(job.message)
                 for name, job in reversed(self._jobs.items())
-                if name.startswith(request.parent + "/") and all(matches(job.message, *t) for t in terms)
+                if name.startswith(request.parent + "/")
             ]
         return job_service.ListCustomJobsResponse.pb()(custom_jobs=jobs)
 
@@ -152,15 +153,6 @@ class VertexAI:
             self._set_state(job, State.JOB_STATE_CANCELLING)
         threading.Thread(target=self._cancel, args=(job,), daemon=True).start()
         return empty_pb2.Empty()
-
-    def DeleteCustomJob(self, request: Any, context: grpc.ServicerContext) -> Any:
-        with self._lock:
-            if self._job(request.name).message.state not in _ENDED:
-                raise failed_precondition(f"CustomJob {request.name} has not ended: cancel it first.")
-            del self._jobs[request.name]
-        done = operations_pb2.Operation(name=f"{request.name}/operations/{next(self._ids)}", done=True)
-        done.response.Pack(empty_pb2.Empty())
-        return done
 
     def _job(self, name: str) -> _Job:
         if name not in self._jobs:
@@ -214,7 +206,7 @@ class VertexAI:
         work.mkdir()
         mount = self._mount(scratch.path, cleanup)
         pool = job.message.job_spec.worker_pool_specs[0]
-        spec = pool.python_package_spec if pool.HasField("python_package_spec") else pool.container_spec
+        spec = pool.container_spec
 
         variables = box.environment(self._environment) | job_variables(job.message)
         variables |= {v.name: _GCS_PATH.sub(mount, v.value) for v in spec.env}
@@ -233,21 +225,14 @@ class VertexAI:
                 raise CommandFailedError(f"The job ran longer than its timeout of {limit:g} s and was ended.")
             return status
 
-        if pool.HasField("python_package_spec"):
-            for uri in spec.package_uris:
-                package = shutil.copy(self._staged_file(uri), work)
-                if run([str(box.python), "-m", "pip", "install", package]):
-                    raise CommandFailedError(f"The package {uri} could not be installed.")
-            command = [str(box.python), "-m", spec.python_module, *spec.args]
-        else:
-            command = [*spec.command, *spec.args]
-            if not command:
-                raise CommandFailedError(
-                    f"The container_spec has no command, and the local cloud does not pull {spec.image_uri}, "
-                    "whose entry point would otherwise be used: give a command."
-                )
-            if (box.programs / Path(command[0]).name).exists():
-                command[0] = str(box.programs / Path(command[0]).name)
+        command = [*spec.command, *spec.args]
+        if not command:
+            raise CommandFailedError(
+                f"The container_spec has no command, and the local cloud does not pull {spec.image_uri}, "
+                "whose entry point would otherwise be used: give a command."
+            )
+        if (box.programs / Path(command[0]).name).exists():
+            command[0] = str(box.programs / Path(command[0]).name)
         with self._lock:
             if not job.cancelled.is_set():
                 self._set_state(job, State.JOB_STATE_RUNNING)
@@ -265,12 +250,6 @@ class VertexAI:
         mount = folder / "gcs"
         mount.symlink_to(self._storage_root.absolute(), target_is_directory=True)
         return f"{mount}/"
-
-    def _staged_file(self, uri: str) -> Path:
-        path = file_of(self._storage_root, uri)
-        if path is None:
-            raise CommandFailedError(f"The package {uri} does not exist in Cloud Storage.")
-        return path
 
 
 def _copy(message: Any) -> Any:

@@ -6,13 +6,12 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.portability import python_urns
-from apache_beam.portability.api import beam_runner_api_pb2, endpoints_pb2
+from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 READ = "beam:transform:pubsub_read:v1"
 WRITE = "beam:transform:pubsub_write:v1"
 IMPULSE = "beam:transform:impulse:v1"
-TEST_STREAM = "beam:transform:teststream:v1"
 PAR_DO = "beam:transform:pardo:v1"
 RESHUFFLE = "beam:transform:reshuffle:v1"
 COMPOSITE = "beam:transform:generic_composite:v1"
@@ -63,16 +62,31 @@ def sink_topics(pipeline: Any) -> set[str]:
     }
 
 
-def set_environment(pipeline: Any, urn: str) -> None:
-    """Makes every transform run in an environment of kind `urn` instead of in a container."""
-    for environment in pipeline.components.environments.values():
-        environment.Clear()
-        environment.urn = urn
+def check_update(old: Any, new: Any, mapping: dict[str, str]) -> None:
+    """Raises ValueError where a pipeline cannot take another's place: one of its steps is gone."""
+
+    def steps(pipeline: Any) -> set[str]:
+        transforms = pipeline.components.transforms.values()
+        return {t.unique_name for t in transforms if not t.subtransforms and not _does_nothing(t)}
+
+    def mapped(name: str) -> str:
+        for before, after in mapping.items():
+            if name == before or name.startswith(f"{before}/"):
+                return after + name.removeprefix(before)
+        return name
+
+    if missing := sorted(name for name in steps(old) if mapped(name) not in steps(new)):
+        raise ValueError(
+            f"The new job is not compatible with the original one, which goes on: it is missing steps "
+            f"{', '.join(missing)}. If these were renamed, give a transform_name_mapping."
+        )
 
 
 def use_this_process(pipeline: Any) -> None:
-    """Makes every transform run in this process."""
-    set_environment(pipeline, python_urns.EMBEDDED_PYTHON)
+    """Makes every transform run in this process instead of in a container."""
+    for environment in pipeline.components.environments.values():
+        environment.Clear()
+        environment.urn = python_urns.EMBEDDED_PYTHON
 
 
 def make_bounded(pipeline: Any) -> None:
@@ -135,50 +149,26 @@ def replace_sinks(pipeline: Any, publish: type[beam.DoFn]) -> None:
 
 def replace_sources_by_impulse(pipeline: Any, read: dict[str, beam.DoFn]) -> None:
     """Replaces Pub/Sub reads by DoFns called once with b""; `read` maps transform ids to DoFns."""
-    (collection,) = _replace_sources(pipeline, read, beam_runner_api_pb2.FunctionSpec(urn=IMPULSE), ["None"])
-    for id_ in read:
-        _consume(pipeline, id_, collection)
-
-
-def replace_sources_by_test_stream(pipeline: Any, read: dict[str, beam.DoFn], endpoint: str) -> None:
-    """Replaces Pub/Sub reads by DoFns on the events of a TestStreamService, whose tags are the reads' ids."""
-    payload = beam_runner_api_pb2.TestStreamPayload(
-        coder_id=_CODER, endpoint=endpoints_pb2.ApiServiceDescriptor(url=endpoint)
-    )
-    spec = beam_runner_api_pb2.FunctionSpec(urn=TEST_STREAM, payload=payload.SerializeToString())
-    collections = _replace_sources(pipeline, read, spec, list(read))
-    for id_, collection in zip(read, collections, strict=True):
-        _consume(pipeline, id_, collection)
-
-
-def _replace_sources(pipeline: Any, read: dict[str, beam.DoFn], spec: Any, tags: list[str]) -> list[str]:
-    """Adds a root transform of that spec, makes the reads ParDos, and returns the root's outputs."""
     components = pipeline.components
     components.coders[_CODER].spec.urn = "beam:coder:bytes:v1"
     source = components.transforms[_SOURCE]
     source.unique_name = "LocalPubSub"
-    source.spec.CopyFrom(spec)
+    source.spec.CopyFrom(beam_runner_api_pb2.FunctionSpec(urn=IMPULSE))
     (like, *_) = (components.transforms[id_].outputs for id_ in read)
-    like = components.pcollections[next(iter(like.values()))]
-    collections = []
-    for number, tag in enumerate(tags):
-        collections.append(f"{_SOURCE}_output_{number}")
-        source.outputs[tag] = collections[-1]
-        collection = components.pcollections[collections[-1]]
-        collection.CopyFrom(like)  # the global window, as every source has it
-        collection.unique_name = collections[-1]
-        collection.coder_id = _CODER
+    source.outputs["None"] = collection = f"{_SOURCE}_output"
+    made = components.pcollections[collection]
+    made.CopyFrom(components.pcollections[next(iter(like.values()))])  # in the global window, as every source
+    made.unique_name, made.coder_id = collection, _CODER
     roots = list(pipeline.root_transform_ids)
     if len(roots) == 1 and components.transforms[roots[0]].subtransforms:
-        subtransforms = components.transforms[roots[0]].subtransforms
-        subtransforms.insert(0, _SOURCE)
+        components.transforms[roots[0]].subtransforms.insert(0, _SOURCE)
     else:
         pipeline.root_transform_ids.insert(0, _SOURCE)
     for id_, function in read.items():
         transform = components.transforms[id_]
         transform.spec.CopyFrom(_par_do(function))
         transform.environment_id = next(iter(components.environments))
-    return collections
+        _consume(pipeline, id_, collection)
 
 
 def _consume(pipeline: Any, id_: str, collection: str) -> None:

@@ -1,7 +1,6 @@
 """A job in its worker: set up from what was staged, and run by the engine that suits it."""
 
 import json
-import logging
 from pathlib import Path
 
 import apache_beam as beam
@@ -12,11 +11,9 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from google.cloud import pubsub_v1
 
-from . import continuous, graph, micro_batches, staged_files
+from . import graph, micro_batches, staged_files
 from .messages import Intake, Publish
 from .service import BROKEN, FINISHED, JOB_FAILED, Service, user_metrics
-
-log = logging.getLogger(__name__)
 
 
 class Job:
@@ -40,26 +37,28 @@ class Job:
             staged_files.fetch(self._pipeline, staged)
             staged_files.install(staged, service)
         staged_files.load_main_session(staged)
-        if settings["replaces"] and not graph.is_stateless(self._pipeline):
+        if self._streaming and not graph.is_stateless(self._pipeline):
             raise ValueError(
-                "The pipeline has state, timers or grouping. The local cloud cannot carry state over in an "
-                "update: drain the job and submit the new one."
+                "A streaming pipeline with state, timers, grouping or windows of its own, as with "
+                "max_batch_seconds, is not imitated by the local cloud: try it on Google Cloud, or without."
             )
         # Dataflow would notice at the first element; here a package that was not staged is noticed at once.
         beam.Pipeline.from_runner_api(self._pipeline, FnApiRunner(), self._options)
+        if settings["replaces"]:
+            with FileSystems.open(settings["replaces"]) as file:
+                old = beam_runner_api_pb2.Pipeline.FromString(file.read())
+            graph.check_update(old, self._pipeline, settings["transform_name_mapping"])
         self._intake = self._take_in(settings["name"]) if self._streaming else None
 
     def run(self) -> int:
         """Runs the job to its end and returns the worker's exit status."""
         if not self._streaming:
             return self._run_batch()
-        engine = micro_batches if graph.is_stateless(self._pipeline) else continuous
-        log.info("The streaming engine is %s.", engine.__name__)
         graph.replace_sinks(self._pipeline, Publish)
         self._service.before_exit(self._intake.close)
         self._service.before_exit(self._intake.give_back_all)
         try:
-            engine.run(self._pipeline, self._options, self._intake, self._service)
+            micro_batches.run(self._pipeline, self._options, self._intake, self._service)
         except BaseException as error:
             self._service.error(error, "The pipeline failed.")
             return BROKEN

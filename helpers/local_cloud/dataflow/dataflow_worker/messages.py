@@ -20,6 +20,7 @@ from .graph import Source
 LEASE_SECONDS = 15  # how long the messages of a killed worker stay away
 EXTEND_EVERY_SECONDS = 3.0
 PUBLISH_SECONDS = 60.0
+PULL_SECONDS = 2.0  # how long a drain may have to wait for a pull
 # Of one request: https://cloud.google.com/pubsub/quotas#resource_limits
 MAX_REQUEST_MESSAGES = 1000
 MAX_REQUEST_BYTES = 9_000_000
@@ -88,9 +89,12 @@ class Intake:
         """The next messages of one of the reads, which take turns; none if there are none for a while."""
         source = next(self._turns)
         subscription = self._subscriptions[source]
-        received = self._client.pull(
-            subscription=subscription, max_messages=max_messages, timeout=30
-        ).received_messages
+        try:
+            received = self._client.pull(
+                subscription=subscription, max_messages=max_messages, timeout=PULL_SECONDS, retry=None
+            ).received_messages
+        except exceptions.DeadlineExceeded:  # as Pub/Sub answers where nothing came
+            received = []
         batch = Batch(source, [_element(r.message, source) for r in received], [r.ack_id for r in received])
         with self._lock:
             self._leased.setdefault(subscription, set()).update(batch.ack_ids)

@@ -40,14 +40,13 @@ class Service:
         """Registers a function to call when the job is cancelled; the last registered is called first."""
         self._before_exit.insert(0, clean_up)
 
-    def running(self, stateful: bool = False, subscriptions: Iterable[str] = ()) -> None:
+    def running(self, subscriptions: Iterable[str] = ()) -> None:
         """Reports that the worker is set up and takes its input.
 
         Args:
-          stateful: whether the pipeline has state, which a job that replaces this one would not get.
           subscriptions: those that were made for this job, to be deleted at its end.
         """
-        self._report(kind="running", stateful=stateful, subscriptions=list(subscriptions))
+        self._report(kind="running", subscriptions=list(subscriptions))
 
     def progress(self) -> None:
         """Reports that input has been processed for good."""
