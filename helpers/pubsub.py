@@ -17,18 +17,31 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from google.api_core.exceptions import AlreadyExists, DeadlineExceeded, GoogleAPICallError, NotFound
+from google.api_core.exceptions import (
+    AlreadyExists,
+    DeadlineExceeded,
+    Forbidden,
+    GoogleAPICallError,
+    NotFound,
+)
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import pubsub_v1
 from google.pubsub_v1 import PublisherClient
 from google.pubsub_v1.types import PubsubMessage
+
+from helpers.files import access
 
 # How long, in seconds, a pull waits for a first message before it is repeated.
 PULL_SECONDS = 5
 
 PUBLISH_SECONDS = 60
 MAX_REQUEST_MESSAGES = 1000
+MAX_REMEMBERED = 1_000_000
 MAX_REQUEST_BYTES = 9_000_000  # of 10 MB, which the request's own bytes count to
+
+
+# Of the prompts that this process has published: their prompt_id by their message id.
+_prompt_ids: dict[str, str] = {}
 
 
 def create_topic(project: str, name: str) -> str:
@@ -80,14 +93,49 @@ def publish(topic: str, texts: Iterable[str | bytes], /, **attributes: str) -> l
         ValueError: a message is empty; none has been published.
         google.api_core.exceptions.NotFound: there is no such topic.
     """
-    publisher = pubsub_v1.PublisherClient()
-    data = [text if isinstance(text, bytes) else text.encode() for text in texts]
-    if not attributes and b"" in data:
+    data = _encoded(texts)
+    if not attributes:
+        _check_not_empty(data)
+    return _publish(topic, [PubsubMessage(data=item, attributes=attributes) for item in data])
+
+
+def publish_prompts(topic: str, prompts: Iterable[str | bytes]) -> list[str]:
+    """Publishes prompts, each with a UUID of its own as the attribute `prompt_id`, and returns their message
+    ids in order.
+
+    A response carries both ids, and `collect_answers` knows it by either: nothing waits in vain if a service
+    hands messages to its workers without their message ids.
+
+    Raises:
+        ValueError: a prompt is empty; none has been published.
+        google.api_core.exceptions.NotFound: there is no such topic.
+    """
+    data = _encoded(prompts)
+    _check_not_empty(data)
+    messages = [PubsubMessage(data=item, attributes={"prompt_id": uuid.uuid4().hex}) for item in data]
+    ids = _publish(topic, messages)
+    _prompt_ids.update(
+        {one: message.attributes["prompt_id"] for one, message in zip(ids, messages, strict=True)}
+    )
+    while len(_prompt_ids) > MAX_REMEMBERED:
+        del _prompt_ids[next(iter(_prompt_ids))]
+    return ids
+
+
+def _encoded(texts: Iterable[str | bytes]) -> list[bytes]:
+    return [text if isinstance(text, bytes) else text.encode() for text in texts]
+
+
+def _check_not_empty(data: list[bytes]) -> None:
+    if b"" in data:
         raise ValueError(
             f"Message {data.index(b'') + 1} of {len(data)} is empty, and Pub/Sub takes no message without "
             "data or attributes: leave it out."
         )
-    messages = [PubsubMessage(data=item, attributes=attributes) for item in data]
+
+
+def _publish(topic: str, messages: list[PubsubMessage]) -> list[str]:
+    publisher = pubsub_v1.PublisherClient()
     ids: list[str] = []
     for batch in in_requests(messages):
         # As messages, by the service's own call, which the client inherits: its publish() takes attributes
@@ -162,7 +210,7 @@ def collect_answers(
 
     Args:
         subscription: the path of a subscription to the responses topic.
-        prompt_ids: the message ids of the prompts, as `publish` gives them.
+        prompt_ids: the message ids of the prompts, as `publish_prompts` gives them.
         timeout: how long to wait for all of them, in seconds.
         progress: called with the number of new responses in each lot that arrives.
 
@@ -171,11 +219,13 @@ def collect_answers(
         may send a second, which is only acknowledged, as are responses to other prompts.
     """
     wanted = set(prompt_ids)
+    by_own_id = {_prompt_ids[one]: one for one in wanted if one in _prompt_ids}
     answers: dict[str, PubsubMessage] = {}
     deadline = time.monotonic() + timeout
     while (missing := len(wanted) - len(answers)) and (left := deadline - time.monotonic()) > 0:
         for message in collect(subscription, missing, timeout=min(left, PULL_SECONDS)):
-            prompt_id = message.attributes.get("prompt_message_id")
+            own_id = message.attributes.get("prompt_id", "")
+            prompt_id = message.attributes.get("prompt_message_id") or by_own_id.get(own_id)
             if prompt_id in wanted:
                 answers.setdefault(prompt_id, message)
         if progress:
@@ -204,7 +254,7 @@ def ask(
     """
     subscription = create_subscription(responses_topic, f"ask-{uuid.uuid4().hex[:12]}")
     try:
-        ids = publish(topic, prompts)
+        ids = publish_prompts(topic, prompts)
         answers = collect_answers(subscription, ids, timeout=timeout)
     finally:
         delete(subscription)
@@ -250,6 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GoogleAuthError as error:
         mend = "run `gcloud auth application-default login`, or try it with python -m helpers.local_cloud"
         print(f"error: no credentials for Google Cloud: {mend}. ({error})", file=sys.stderr)
+        return 1
+    except Forbidden as error:
+        print(f"error: {access.explain(error, given.project)}", file=sys.stderr)
         return 1
     except NotFound as error:
         print(f"error: {error.message} (`create` makes topics.)", file=sys.stderr)

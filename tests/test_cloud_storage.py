@@ -1,7 +1,6 @@
 """The local Cloud Storage, driven by Google's own client and by Beam."""
 
 import base64
-import datetime
 import errno
 import gzip
 import hashlib
@@ -9,16 +8,13 @@ import io
 import itertools
 import multiprocessing
 import os
-import time
 import uuid
-from functools import partial
 
 import google_crc32c
 import pytest
 from google.api_core import exceptions
-from google.cloud.storage import Blob, transfer_manager
+from google.cloud.storage import Blob
 
-from helpers.local_cloud.cloud_storage.glob import Glob
 from helpers.local_cloud.cloud_storage.object_store import ObjectStore
 from helpers.local_cloud.cloud_storage.preconditions import Preconditions
 from helpers.local_cloud.front.http_server import HttpError
@@ -217,75 +213,6 @@ def test_a_wrong_checksum_in_the_last_request_is_refused(http, bucket):
     assert bucket.get_blob("hashed") is None
 
 
-@pytest.mark.parametrize("worker_type", [transfer_manager.THREAD, transfer_manager.PROCESS])
-def test_a_multipart_upload_of_parts_at_once(bucket, tmp_path, worker_type):
-    path = tmp_path / "file"
-    path.write_bytes(os.urandom(12 * MIB + 3))
-    blob = bucket.blob("parts of it")
-    blob.metadata = {"a": "b"}
-    transfer_manager.upload_chunks_concurrently(
-        path, blob, chunk_size=5 * MIB, max_workers=2, worker_type=worker_type
-    )
-    transfer_manager.download_chunks_concurrently(
-        bucket.get_blob("parts of it"), tmp_path / "back", chunk_size=5 * MIB, worker_type=worker_type
-    )
-    assert (tmp_path / "back").read_bytes() == path.read_bytes()
-    got = bucket.get_blob("parts of it")
-    assert (got.md5_hash, got.component_count, got.metadata) == (None, 3, {"a": "b"})
-    assert got.crc32c == crc32c(path.read_bytes())
-
-
-def test_a_part_that_is_damaged_or_missing_or_small_is_refused(http, bucket):
-    url = f"{API}/{bucket.name}/xml"
-    upload = http.post(f"{url}?uploads").text.partition("<UploadId>")[2].partition("<")[0]
-    bad = http.put(
-        f"{url}?partNumber=1&uploadId={upload}", data=b"part", headers={"X-Goog-Hash": f"md5={md5(b'other')}"}
-    )
-    assert (bad.status_code, "BadDigest" in bad.text) == (400, True)
-    tags = [
-        http.put(f"{url}?partNumber={number}&uploadId={upload}", data=b"small").headers["ETag"]
-        for number in (1, 2)
-    ]
-
-    def complete(*parts) -> str:
-        listed = "".join(f"<Part><PartNumber>{n}</PartNumber><ETag>{t}</ETag></Part>" for n, t in parts)
-        body = f"<CompleteMultipartUpload>{listed}</CompleteMultipartUpload>"
-        answer = http.post(f"{url}?uploadId={upload}", data=body)
-        assert answer.status_code == 400
-        return answer.text
-
-    assert "EntityTooSmall" in complete((1, tags[0]), (2, tags[1]))
-    assert "InvalidPart<" in complete((3, tags[0]))
-    assert "InvalidPart<" in complete((1, '"0"'))
-    assert "InvalidPartOrder" in complete((2, tags[1]), (1, tags[0]))
-    assert "MalformedXML" in http.post(f"{url}?uploadId={upload}", data="<no").text
-    assert bucket.get_blob("xml") is None
-    assert http.delete(f"{url}?uploadId={upload}").status_code == 204
-    assert "NoSuchUpload" in http.delete(f"{url}?uploadId={upload}").text
-
-
-def test_the_xml_api_reads_writes_and_deletes(http, bucket):
-    url = f"{API}/{bucket.name}/dir/file"
-    new = {"x-goog-if-generation-match": "0", "x-goog-meta-color": "red", "Content-Type": "text/css"}
-    assert http.put(url, data=b"content", headers=new).status_code == 200
-    assert http.put(url, data=b"content", headers=new).status_code == 412
-    head = http.head(url)
-    assert (head.headers["Content-Length"], head.headers["x-goog-meta-color"]) == ("7", "red")
-    assert http.get(url, headers={"Range": "bytes=-3"}).content == b"ent"
-    assert http.delete(url).status_code == 204
-    missing = http.get(url)
-    assert (missing.status_code, "<Code>NoSuchKey</Code>" in missing.text) == (404, True)
-    assert "<Code>NoSuchBucket</Code>" in http.get(f"{API}/no-such-bucket-here/x").text
-
-
-def test_a_signed_url_opens_without_credentials(bucket, cloud):
-    import requests
-
-    bucket.blob("signed").upload_from_string("for you")
-    url = bucket.blob("signed").generate_signed_url(version="v4", expiration=600)
-    assert requests.get(url, timeout=300).content == b"for you"
-
-
 # Downloads
 
 
@@ -350,27 +277,19 @@ def test_conditions_hold_for_every_operation(bucket):
     good, bad = blob.generation, blob.generation + 1
     operations = {
         "write": lambda **if_: bucket.blob("guarded").upload_from_string("content", **if_),
-        "metadata": lambda **if_: bucket.blob("guarded").patch(**if_),
         "read": lambda **if_: bucket.blob("guarded").download_as_bytes(**if_),
         "reload": lambda **if_: bucket.blob("guarded").reload(**if_),
-        "rewrite": lambda **if_: bucket.blob("guarded").rewrite(bucket.blob("other"), **if_),
         "compose": lambda **if_: bucket.blob("guarded").compose([bucket.blob("other")], **if_),
         "copy": lambda **if_: bucket.copy_blob(bucket.blob("other"), bucket, "guarded", **if_),
         "delete": lambda **if_: bucket.blob("guarded").delete(**if_),
     }
     bucket.blob("other").upload_from_string("other")
-    for name, operation in operations.items():
-        for condition in (
-            {"if_generation_match": bad},
-            {"if_generation_match": 0},
-            {"if_metageneration_match": 9},
-        ):
-            if name == "compose" and "if_metageneration_match" in condition:
-                continue  # the client ignores it there
+    for operation in operations.values():
+        for condition in ({"if_generation_match": bad}, {"if_generation_match": 0}):
             with pytest.raises(exceptions.PreconditionFailed):
                 operation(**condition)
     assert bucket.get_blob("guarded").generation == good
-    operations["delete"](if_generation_match=good, if_metageneration_match=1)
+    operations["delete"](if_generation_match=good)
     assert bucket.get_blob("guarded") is None
 
 
@@ -441,25 +360,11 @@ def test_only_the_live_generation_is_kept(bucket):
 # Metadata, copies, composition, batches
 
 
-def test_a_patch_merges_and_counts(bucket):
-    blob = bucket.blob("described")
-    blob.metadata = {"keep": "1", "drop": "2"}
-    blob.upload_from_string("content", content_type="text/plain")
-    blob.metadata = {"drop": None, "new": "3"}
-    blob.content_language = "de"
-    blob.patch()
-    got = bucket.get_blob("described")
-    assert got.metadata == {"keep": "1", "new": "3"}
-    assert (got.content_type, got.content_language, got.metageneration) == ("text/plain", "de", 2)
-    assert got.generation == blob.generation
-    assert got.etag != ""
-
-
 @pytest.mark.parametrize("metadata", ["text", {"key": 5}, {"key": "two\nlines"}, {"key\r\nInjected": "x"}])
 def test_metadata_that_cannot_stand_in_a_header_is_refused(http, bucket, metadata):
-    bucket.blob("described").upload_from_string("content")
-    url = f"{API}/storage/v1/b/{bucket.name}/o/described"
-    assert http.patch(url, json={"metadata": metadata}).status_code == 400
+    url = f"{API}/upload/storage/v1/b/{bucket.name}/o?uploadType=resumable&name=described"
+    answer = http.post(url, json={"metadata": metadata})
+    assert (http.put(answer.headers["Location"], data=b"x") if answer.ok else answer).status_code == 400
 
 
 def test_what_would_protect_an_object_is_refused_not_ignored(http, bucket):
@@ -478,6 +383,10 @@ def test_what_would_protect_an_object_is_refused_not_ignored(http, bucket):
         lambda bucket: list(bucket.blob("o").acl),
         lambda bucket: list(bucket.client.list_hmac_keys()),
         lambda bucket: list(bucket.list_notifications()),
+        lambda bucket: list(bucket.list_blobs(match_glob="**/x")),
+        lambda bucket: bucket.get_iam_policy(),
+        lambda bucket: bucket.blob("o").rewrite(bucket.blob("p")),
+        lambda bucket: bucket.blob("o").patch(),
         lambda bucket: list(bucket.list_blobs(soft_deleted=True)),
         lambda bucket: bucket.blob("o").upload_from_string("x", predefined_acl="publicRead"),
         lambda bucket: bucket.client.create_bucket("retained", enable_object_retention=True),
@@ -506,23 +415,6 @@ def test_settings_of_a_bucket_that_would_be_ignored_are_refused(name, value, sto
     assert storage_client.lookup_bucket("with-settings") is None
 
 
-def test_an_upload_of_parts_keeps_its_description_and_refuses_a_key(bucket, tmp_path):
-    file = tmp_path / "file"
-    file.write_bytes(b"z" * (6 << 20))
-    blob = bucket.blob("described")
-    blob.custom_time = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
-    blob.metadata = {"a": "b"}
-    upload = partial(transfer_manager.upload_chunks_concurrently, chunk_size=5 << 20, worker_type="thread")
-    upload(str(file), blob)
-    got = bucket.get_blob("described")
-    assert (got.custom_time, got.metadata) == (blob.custom_time, {"a": "b"})
-    with pytest.raises(Exception, match="501"):
-        upload(
-            str(file), bucket.blob("secret", kms_key_name="projects/p/locations/us/keyRings/r/cryptoKeys/k")
-        )
-    assert not bucket.blob("secret").exists()
-
-
 def test_conditions_on_entity_tags_hold(bucket):
     blob = bucket.blob("tagged")
     blob.upload_from_string("x")
@@ -534,7 +426,7 @@ def test_conditions_on_entity_tags_hold(bucket):
         blob.download_as_bytes(if_etag_not_match=blob.etag)
     with pytest.raises(exceptions.PreconditionFailed):
         blob.reload(if_etag_match="wrong")
-    with pytest.raises(exceptions.PreconditionFailed):
+    with pytest.raises(exceptions.MethodNotImplemented):
         bucket.reload(if_metageneration_match=77)
 
 
@@ -545,16 +437,6 @@ def test_a_wrong_checksum_stops_a_resumable_upload(bucket):
             io.BytesIO(data), size=len(data), crc32c_checksum_value="A0tD7w=="
         )
     assert not bucket.blob("big").exists()
-
-
-def test_trailing_delimiters_are_listed_when_asked_for(bucket):
-    for name in ("p/", "p/f", "p/q/", "p/q/g"):
-        bucket.blob(name).upload_from_string("x")
-    plain = bucket.list_blobs(prefix="p/", delimiter="/")
-    assert names(plain) == ["p/", "p/f"]
-    asked = bucket.list_blobs(prefix="p/", delimiter="/", include_trailing_delimiter=True)
-    assert names(asked) == ["p/", "p/f", "p/q/"]
-    assert asked.prefixes == {"p/q/"}
 
 
 # A full disk
@@ -649,14 +531,12 @@ def test_a_copy_takes_content_and_description_along(bucket, storage_client):
     blob.metadata = {"a": "b"}
     blob.upload_from_string("content", content_type="text/plain")
     copy = bucket.copy_blob(blob, bucket, "copies/one")
-    rewritten = bucket.blob("copies/two")
-    assert rewritten.rewrite(blob) == (None, 7, 7)
     renamed = bucket.rename_blob(blob, "moved")
-    for got in (copy, rewritten, renamed):
+    for got in (copy, renamed):
         got.reload()
         assert (got.content_type, got.metadata, got.md5_hash) == ("text/plain", {"a": "b"}, md5(b"content"))
         assert got.download_as_bytes() == b"content"
-    assert names(bucket.list_blobs()) == ["copies/one", "copies/two", "moved"]
+    assert names(bucket.list_blobs()) == ["copies/one", "moved"]
     with pytest.raises(exceptions.NotFound):
         bucket.copy_blob(copy, storage_client.bucket("no-such-bucket-here"), "x")
 
@@ -679,7 +559,7 @@ def test_composition(http, bucket):
     assert http.post(url, json={"sourceObjects": sources}).status_code == 400
 
 
-def test_a_batch_deletes_patches_and_reports_what_is_missing(bucket, storage_client):
+def test_a_batch_deletes_and_reports_what_is_missing(bucket, storage_client):
     for number in range(30):
         bucket.blob(f"batch/{number} ü").upload_from_string("x")
     with storage_client.batch(raise_exception=False) as batch:
@@ -688,12 +568,7 @@ def test_a_batch_deletes_patches_and_reports_what_is_missing(bucket, storage_cli
         bucket.delete_blob("batch/missing")
     codes = [response.status_code for response in batch._responses]
     assert codes == [204] * 25 + [404]
-    kept = list(bucket.list_blobs())
-    with storage_client.batch():
-        for blob in kept:
-            blob.metadata = {"in": "batch"}
-            blob.patch()
-    assert [blob.metadata for blob in bucket.list_blobs()] == [{"in": "batch"}] * 5
+    assert len(list(bucket.list_blobs())) == 5
     with pytest.raises(exceptions.NotFound), storage_client.batch():
         bucket.delete_blob("missing")
 
@@ -748,49 +623,7 @@ def test_pages_do_not_depend_on_what_is_deleted_between_them(bucket):
     assert first + [name for page in pages for name in names(page)] == [str(number) for number in range(10)]
 
 
-def test_listing_by_glob(tree):
-    assert names(tree.list_blobs(match_glob="a/*")) == ["a/1", "a/2"]
-    assert names(tree.list_blobs(match_glob="**[3-5]")) == ["a/b/3", "b/4", "d/e/f/5"]
-
-
-@pytest.mark.parametrize(
-    ("glob", "matches", "others"),
-    [
-        ("*.txt", ["a.txt", ".txt"], ["a/b.txt", "a.txt2"]),
-        ("a/**/b", ["a/x/b", "a/x/y/b"], ["a/b/c", "b"]),
-        ("?", ["a"], ["/", "ab", ""]),
-        ("[!ab]x", ["cx"], ["ax", "/x"]),
-        ("[^a]", ["b"], ["a"]),
-        ("[]a]", ["]", "a"], ["[]a]"]),
-        ("{a,b?}.{txt,csv}", ["a.txt", "bc.csv"], ["b.txt", "a.md"]),
-        (r"\*\[", ["*["], ["x["]),
-        ("a.b+c", ["a.b+c"], ["axbbc"]),
-        ("a,b}", ["a,b}"], ["a"]),
-        ("**/foobar", ["foobar", "foo/foobar", "a/b/foobar"], ["xfoobar", "foo/xfoobar"]),
-        ("a/**/b", ["a/b", "a/x/b"], ["ab", "a/xb"]),
-        ("{**/a.txt,b}", ["a.txt", "x/a.txt", "b"], ["xa.txt"]),
-        ("foo**bar", ["foobar", "foo/bar"], ["foo/ba"]),
-        ("{,a}b", ["b", "ab"], ["aab"]),
-        ("{a{b,c},d}", ["ab", "ac", "d"], ["a", "abd"]),
-        ("[!a-y]", ["z"], ["a", "/"]),
-    ],
-)
-def test_glob_patterns(glob, matches, others):
-    pattern = Glob(glob)
-    assert [name for name in matches if not pattern.matches(name)] == []
-    assert [name for name in others if pattern.matches(name)] == []
-
-
-@pytest.mark.parametrize("glob", ["**a" * 25 + "**b", "{*,**}" * 50 + "b", "?" * 500 + "b", "*a" * 200 + "b"])
-def test_no_glob_takes_long(glob):
-    started = time.monotonic()
-    assert not Glob(glob).matches("a" * 900)
-    assert time.monotonic() - started < 5
-
-
-@pytest.mark.parametrize(
-    "query", ["pageToken=%25", "maxResults=many", "matchGlob={a", "matchGlob=a&delimiter=-"]
-)
+@pytest.mark.parametrize("query", ["pageToken=%25", "maxResults=many"])
 def test_a_listing_that_makes_no_sense_is_refused(http, bucket, query):
     assert http.get(f"{API}/storage/v1/b/{bucket.name}/o?{query}").status_code == 400
 
@@ -808,13 +641,9 @@ def test_a_bucket_from_its_making_to_its_end(storage_client):
     assert (got.location, got.location_type, got.storage_class) == ("US-CENTRAL1", "region", "NEARLINE")
     with pytest.raises(exceptions.Conflict):
         storage_client.create_bucket(name)
-    labels = got.labels
-    del labels["drop"]
-    labels["new"] = "one"
-    got.labels = labels
-    got.patch()
-    assert storage_client.get_bucket(name).labels == {"team": "red", "new": "one"}
-    assert got.metageneration == 2
+    assert storage_client.get_bucket(name).labels == {"team": "red", "drop": "me"}
+    with pytest.raises(exceptions.MethodNotImplemented):
+        got.patch()
     assert name in names(storage_client.list_buckets(prefix="life-"))
     got.blob("file").upload_from_string("x")
     with pytest.raises(exceptions.Conflict, match="not empty"):
@@ -866,20 +695,6 @@ def test_what_no_bucket_here_can_do_is_refused_not_ignored(storage_client):
     with pytest.raises(exceptions.MethodNotImplemented, match="versioning"):
         bucket.create()
     assert not bucket.exists()
-
-
-def test_policies_are_kept_and_permissions_granted(bucket):
-    policy = bucket.get_iam_policy(requested_policy_version=3)
-    policy.bindings.append({"role": "roles/storage.objectViewer", "members": {"allUsers"}})
-    bucket.set_iam_policy(policy)
-    kept = bucket.get_iam_policy(requested_policy_version=3)
-    assert [dict(binding) for binding in kept.bindings] == [
-        {"role": "roles/storage.objectViewer", "members": {"allUsers"}}
-    ]
-    with pytest.raises(exceptions.PreconditionFailed):
-        bucket.set_iam_policy(policy)
-    wanted = ["storage.objects.create", "storage.objects.get"]
-    assert bucket.test_iam_permissions(wanted) == wanted
 
 
 def test_an_object_needs_its_bucket(storage_client):
@@ -943,9 +758,6 @@ def test_an_object_is_a_file_and_a_file_is_an_object(bucket, cloud):
     assert (changed.md5_hash, changed.generation > blob.generation) == (md5(b"changed"), True)
     with pytest.raises(exceptions.PreconditionFailed):
         blob.upload_from_string("late", if_generation_match=blob.generation)
-    changed.metadata = {"now": "known"}
-    changed.patch()
-    assert bucket.get_blob("by hand/weights.pt").metadata == {"now": "known"}
     bucket.delete_blob("by hand/weights.pt")
     assert not (folder / "by hand").exists()
 
@@ -955,7 +767,8 @@ def test_a_folder_made_by_hand_is_a_bucket(storage_client, cloud):
     (cloud.storage_root / "Not a bucket").mkdir()
     assert "made-by-hand" in names(storage_client.list_buckets())
     storage_client.bucket("made-by-hand").blob("x").upload_from_string("x")
-    storage_client.get_bucket("made-by-hand").delete(force=True)
+    storage_client.bucket("made-by-hand").delete_blob("x")
+    storage_client.bucket("made-by-hand").delete()
     assert not (cloud.storage_root / "made-by-hand").exists()
 
 
@@ -1053,3 +866,29 @@ def test_beam_writes_reads_renames_and_deletes(bucket):
     assert FileSystems.checksum(f"{root}/copied") == bucket.get_blob("beam/renamed").crc32c
     FileSystems.delete([f"{root}/"])
     assert names(bucket.list_blobs()) == []
+
+
+def test_an_organisation_may_ask_for_uniform_access_and_soft_delete(tmp_path):
+    """And `make_bucket` makes one all the same."""
+    code = (
+        "from google.api_core.exceptions import PreconditionFailed as Refused\n"
+        "from google.cloud import storage\n"
+        "from helpers.files.buckets import make_bucket\n"
+        "client = storage.Client()\n"
+        "try: client.create_bucket('plain-bucket')\n"
+        "except Refused as error: assert 'uniformBucketLevelAccess' in str(error)\n"
+        "else: raise SystemExit('it was made')\n"
+        "made = make_bucket(client, 'good-bucket', 'us-central1')\n"
+        "assert made.iam_configuration.uniform_bucket_level_access_enabled\n"
+        "assert made.iam_configuration.public_access_prevention == 'enforced'\n"
+    )
+    (tmp_path / "policy.txt").write_text(
+        "constraint storage.uniformBucketLevelAccess\nconstraint storage.softDeletePolicySeconds\n"
+    )
+    command = [sys.executable, "-m", "helpers.local_cloud", "--dir", str(tmp_path), "--offline"]
+    subprocess.run([*command, sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_a_region_that_is_none_is_refused(storage_client):
+    with pytest.raises(exceptions.BadRequest, match="ATLANTIS"):
+        storage_client.create_bucket("in-atlantis", location="atlantis")

@@ -22,7 +22,6 @@ from google.cloud import pubsub_v1, storage
 from google.protobuf import field_mask_pb2, struct_pb2
 
 from helpers.local_cloud.dataflow.dataflow_worker import graph
-from helpers.local_cloud.dataflow.dataflow_worker.messages import LEASE_SECONDS
 
 REGION = "us-central1"
 BUCKET = "dataflow-test"
@@ -334,43 +333,6 @@ def test_a_message_that_always_fails_comes_again_and_lets_others_pass(jobs, pubs
     assert b"bad" in left
 
 
-def test_a_windowed_sum_of_a_topic_is_complete_when_the_job_is_drained(jobs, pubsub):
-    prompts, _ = pubsub.make("prompts")
-    seen, seen_answers = pubsub.make("seen")
-    sums, sums_answers = pubsub.make("sums")
-    before = pubsub.subscriptions()
-
-    def build(pipeline):
-        texts = pipeline | beam.io.ReadFromPubSub(topic=prompts)
-        _ = texts | "Seen" >> beam.io.WriteToPubSub(seen)
-        _ = (
-            texts
-            | beam.Map(lambda text: (text[:1].decode(), 1))
-            | beam.WindowInto(beam.window.FixedWindows(3600))
-            | beam.CombinePerKey(sum)
-            | "Text" >> beam.Map(lambda pair: f"{pair[0]}{pair[1]}".encode())
-            | "Sums" >> beam.io.WriteToPubSub(sums)
-        )
-
-    job_id = jobs.submit(build, name="windowed").job_id()
-    jobs.wait_for(job_id, "RUNNING")
-    assert any("no user metrics" in text for text in jobs.messages(job_id, "WARNING"))
-    (own,) = pubsub.subscriptions() - before
-    texts = [f"a{i}" for i in range(150)] + [f"b{i}" for i in range(50)]
-    pubsub.publish(prompts, texts)
-    assert sorted(m.data.decode() for m in pubsub.collect(seen_answers, 200)) == sorted(texts)
-    with pytest.raises(exceptions.FailedPrecondition, match="has state"):
-        jobs.submit(build, "--update", name="windowed")
-    early = pubsub.collect_rest(sums_answers)  # nothing, unless an hour has just ended
-    jobs.drain(job_id)
-    total = {"a": 0, "b": 0}
-    for message in early + pubsub.collect_rest(sums_answers):
-        text = message.data.decode()
-        total[text[0]] += int(text[1:])
-    assert total == {"a": 150, "b": 50}
-    assert own not in pubsub.subscriptions()
-
-
 def buffering(source, responses, build_buffer):
     """A pipeline whose messages wait in its state before they are published."""
 
@@ -398,27 +360,6 @@ class InWindows(beam.PTransform):
     def expand(self, pairs):
         windowed = pairs | beam.WindowInto(beam.window.Sessions(3600)) | beam.GroupByKey()
         return windowed | "Apart" >> beam.FlatMap(lambda pair: pair[1])
-
-
-@pytest.mark.parametrize("buffer", [InBatches, InWindows])
-def test_what_waits_in_a_pipelines_state_is_not_acknowledged_and_survives_the_worker(
-    buffer, cloud, jobs, pubsub
-):
-    prompts, source = pubsub.make("prompts")
-    responses, answers = pubsub.make("responses")
-    job_id = jobs.submit(buffering(source, responses, buffer)).job_id()
-    jobs.wait_for(job_id, "RUNNING")
-    texts = [f"{'ab'[n % 2]}{n}".encode() for n in range(27)]  # 14 of one key, 13 of the other
-    pubsub.publish(prompts, [text.decode() for text in texts])
-    early = {m.data for m in pubsub.collect(answers, 20, seconds=60 if buffer is InBatches else 5)}
-    assert len(early) == (20 if buffer is InBatches else 0)
-    (pid,) = worker_pids(cloud)
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: worker_pids(cloud) not in ([], [pid]))
-    time.sleep(LEASE_SECONDS)  # until the messages of the killed worker come again
-    jobs.drain(job_id)
-    late = {m.data for m in pubsub.collect_rest(answers)} | {m.data for m in pubsub.collect_rest(source)}
-    assert early | late == set(texts)
 
 
 def test_an_update_puts_new_code_in_the_old_ones_place_and_loses_nothing(jobs, pubsub):

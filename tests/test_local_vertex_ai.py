@@ -67,24 +67,6 @@ def python_job(name, code, **options):
     return container_job(name, ["python3", "-c", code], **options)
 
 
-@pytest.mark.parametrize("image", [PREBUILT_IMAGE, OTHER_IMAGE], ids=["prebuilt image", "other image"])
-def test_a_local_script_runs_from_what_was_staged(vertex_ai, bucket, tmp_path, image):
-    script = tmp_path / "task.py"
-    script.write_text(SCRIPT)
-    job = aiplatform.CustomJob.from_local_script(
-        display_name="script",
-        script_path=str(script),
-        container_uri=image,
-        args=["--model", "small"],
-        environment_variables={"BUCKET": bucket.name},
-        base_output_dir=f"gs://{bucket.name}/output",
-    )
-    run_to_the_end(job)
-    assert job.state == JobState.JOB_STATE_SUCCEEDED, job.error
-    report = bucket.blob(f"reports/{job.name}").download_as_text()
-    assert report == f"--model small|gs://{bucket.name}/output/model/|None"
-
-
 def test_run_waits_for_the_job(vertex_ai):
     job = python_job("waits", "print('done')")
     job.run(sync=True)
@@ -153,22 +135,6 @@ def test_a_job_is_ended_at_its_timeout(vertex_ai):
     run_to_the_end(job, timeout_seconds=2)
     assert job.state == JobState.JOB_STATE_FAILED
     assert "timeout of 2 s" in job.error.message
-
-
-def test_jobs_are_listed_with_a_filter_and_deleted(vertex_ai):
-    job = run_to_the_end(container_job("listed", ["true"], labels={"made-by": "this-test"}))
-    run_to_the_end(container_job("other", ["true"]))
-
-    def listed(text):
-        return [j.resource_name for j in aiplatform.CustomJob.list(filter=text)]
-
-    assert listed('display_name="listed"') == [job.resource_name]
-    assert listed('labels.made-by=this-test AND state="JOB_STATE_SUCCEEDED"') == [job.resource_name]
-    assert listed('labels.made-by=this-test AND state="JOB_STATE_FAILED"') == []
-    job.delete()
-    assert listed('display_name="listed"') == []
-    with pytest.raises(exceptions.NotFound):
-        aiplatform.CustomJob.get(job.resource_name)
 
 
 def test_a_job_that_cannot_be_run_here_is_refused(vertex_ai, cloud):

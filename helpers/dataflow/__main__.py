@@ -22,12 +22,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 
-from google.api_core.exceptions import GoogleAPICallError
+from google.api_core.exceptions import Forbidden, GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
 from helpers.dataflow import job_checks, worker_image
 from helpers.dataflow.job import TERMINAL, Job, JobError
 from helpers.dataflow.job_list import find_name, list_series, reap
+from helpers.files import access
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GoogleAuthError as error:
         mend = "run `gcloud auth application-default login`, or try it with python -m helpers.local_cloud"
         print(f"error: no credentials for Google Cloud: {mend}. ({error})", file=sys.stderr)
+        return 1
+    except Forbidden as error:
+        print(f"error: {access.explain(error, arguments.project)}", file=sys.stderr)
         return 1
     except (JobError, GoogleAPICallError) as error:
         print(f"error: {error}", file=sys.stderr)

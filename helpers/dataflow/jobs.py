@@ -9,13 +9,14 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.dataflow.internal.apiclient import DataflowJobAlreadyExistsError
 from apache_beam.transforms.ptransform import PTransform
-from google.api_core.exceptions import GoogleAPICallError
+from google.api_core.exceptions import Forbidden, GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError
 
 from helpers.dataflow.job import Job, JobError
 from helpers.dataflow.job_guard import DRAIN_LABEL
 from helpers.dataflow.job_options import valid_job_name
 from helpers.dataflow.submission import submit as submit_pipeline
+from helpers.files import access
 from helpers.model_handler.options import answering_options, takes_options
 from helpers.pipeline.command_line import check_beam_arguments
 
@@ -128,6 +129,8 @@ def submit(
         raise JobError(str(error)) from error
     except GoogleAuthError as error:
         raise JobError(f"No credentials: run `gcloud auth application-default login`. ({error})") from error
+    except Forbidden as error:
+        raise JobError(access.explain(error, project)) from error
     except GoogleAPICallError as error:
         raise JobError(
             f"Dataflow in {project}, {location}, does not accept the job: {error.message} "

@@ -179,6 +179,19 @@ TABLE = (
     ),
 )
 
+# Pub/Sub's messages name no permission: what each of its client's methods needs.
+_BY_METHOD = {
+    "create_topic": "pubsub.topics.create",
+    "get_topic": "pubsub.topics.get",
+    "delete_topic": "pubsub.topics.delete",
+    "publish": "pubsub.topics.publish",
+    "create_subscription": "pubsub.subscriptions.create",
+    "get_subscription": "pubsub.subscriptions.get",
+    "delete_subscription": "pubsub.subscriptions.delete",
+    "pull": "pubsub.subscriptions.consume",
+    "acknowledge": "pubsub.subscriptions.consume",
+    "list_time_series": "monitoring.timeSeries.list",
+}
 _PERMISSION = re.compile(r"\b([a-z]+\.[a-zA-Z]+\.[a-zA-Z]+)\b")
 
 
@@ -237,3 +250,14 @@ def advice(message: str, project: str, *wanted: str, who: str = YOU) -> str:
         f"{account} lacks {', '.join(named)}, which {roles[0]} grants: "
         f"{grant_command(project, roles[0], member)}"
     )
+
+
+def explain(error: Exception, project: str) -> str:
+    """A denied call in a sentence or two: what the service said, and the role that grants it."""
+    message = str(getattr(error, "message", "") or error)
+    wanted, frame = [], error.__traceback__
+    while frame is not None:
+        if name := _BY_METHOD.get(frame.tb_frame.f_code.co_name):
+            wanted.append(name)
+        frame = frame.tb_next
+    return f"{message.rstrip('.')}: {advice(message, project, *wanted[-1:])}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from helpers.files import access
 from helpers.files.labels import label_value
 
 if TYPE_CHECKING:
@@ -136,12 +137,11 @@ def _why_not_started(error: Exception, project: str, location: str) -> str:
 
     if isinstance(error, GoogleAuthError):
         todo = "run `gcloud auth application-default login`"
-    elif isinstance(error, Forbidden | NotFound):
-        todo = (
-            "check the project and the region, enable the API (`gcloud services enable "
-            f"aiplatform.googleapis.com --project {project}`), and give the account in use the role "
-            "roles/aiplatform.user"
-        )
+    elif isinstance(error, Forbidden):
+        todo = access.advice(str(error), project, "aiplatform.customJobs.create")
+    elif isinstance(error, NotFound):
+        enable = access.enable_command(project, ["aiplatform.googleapis.com"])
+        todo = f"check the project and the region, and enable the API ({enable})"
     else:
         todo = "correct what the message names"
     return f"Vertex AI in {project}, {location}, did not accept the job ({error}): {todo}"
@@ -173,7 +173,10 @@ def _end_of_log(job_id: str, project: str) -> list[str]:
         "pageSize": LOG_LINES,
     }
     try:
-        credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/logging.read"])
+        # Credentials of a person belong to no project, and Cloud Logging refuses calls without one.
+        credentials, _ = google.auth.default(
+            scopes=["https://www.googleapis.com/auth/logging.read"], quota_project_id=project
+        )
         session = AuthorizedSession(credentials)
         answer = session.post("https://logging.googleapis.com/v2/entries:list", json=query, timeout=30)
         entries = answer.json().get("entries", []) if answer.ok else []

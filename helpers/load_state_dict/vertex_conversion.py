@@ -141,6 +141,7 @@ def vertex(
         return manifest
     if machine_type:
         check_vertex_training(machine_type)
+    _check_not_gated(model_name)
     storage.check_writable(f"gs://{bucket}/packages")
     sizing = size_model(model_name, dtype=dtype)
     needed = sizing.convert
@@ -198,6 +199,28 @@ def vertex(
         )
     print(f"Wrote {state_dict_path}, and its checksum is the manifest's. {describe(manifest)}")
     return manifest
+
+
+def _check_not_gated(model_name: str) -> None:
+    """Refuses a model that only this machine's token may download: the job has none, and a token in its
+    environment could be read by all who may see the job.
+
+    Raises:
+        ValueError: the model is gated.
+    """
+    import huggingface_hub
+
+    if Path(model_name).expanduser().is_dir() or not huggingface_hub.get_token():
+        return
+    try:
+        gated = huggingface_hub.HfApi().model_info(model_name, timeout=10).gated
+    except Exception:  # no hub name, or no hub to ask: the job's log will tell
+        return
+    if gated:
+        raise ValueError(
+            f"{model_name} is gated, and a Vertex AI job has no token of yours: download it here, and give its "
+            "folder, which is uploaded for the job; or convert it here, with `local`."
+        )
 
 
 def _upload_checkpoint(folder: Path, path: str) -> None:

@@ -15,6 +15,37 @@ def is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
+def describe_machine() -> str:
+    """One line for a worker's log: what this machine has, and the versions that answer on it.
+
+    A first job on real workers tells by it what no page does: whether N4 machines have AMX, how much memory
+    Dataflow's own processes leave, and how much of the disk is taken.
+    """
+    import os
+    import shutil
+    import sys
+
+    import transformers
+
+    has = torch.cpu.get_capabilities()
+    wanted = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16", "sve")
+    parts = [
+        f"processor {has.get('cpu_name') or platform.processor() or platform.machine()}",
+        f"with {' '.join(name for name in wanted if has.get(name)) or 'none of ' + ' '.join(wanted)}",
+        f"{os.cpu_count()} vCPUs, {torch.get_num_threads()} torch threads",
+    ]
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        page = os.sysconf("SC_PAGE_SIZE") / 1e9
+        total, free = (os.sysconf(f"SC_{name}_PAGES") * page for name in ("PHYS", "AVPHYS"))
+        parts.append(f"memory {total:.1f} GB, {free:.1f} free")
+    disk = shutil.disk_usage(os.path.expanduser("~"))
+    parts.append(f"disk {disk.total / 1e9:.0f} GB, {disk.free / 1e9:.0f} free")
+    if torch.cuda.is_available():
+        parts.append(f"GPU {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+    return "; ".join([*parts, f"{versions}, transformers {transformers.__version__}"])
+
+
 def choose_device(device: str | None = None) -> torch.device:
     """The device asked for, or a GPU if there is one, or else the CPU.
 

@@ -33,6 +33,7 @@ from helpers.model_handler.engines.generation_settings import held, not_honoured
 from helpers.model_handler.engines.packed_weights import ENGINE as PACKED
 from helpers.model_handler.engines.packed_weights import pack_weights
 from helpers.model_handler.engines.torch_engine import TorchEngine
+from helpers.model_handler.hardware import describe_machine
 from helpers.model_handler.language_model import LanguageModel, OtherModelError
 from helpers.model_handler.local_engine_file import fetch_engine_file
 from helpers.model_handler.local_state_dict import drop_older_copies, fetch
@@ -85,6 +86,7 @@ class ModelSource:
         if choice.engine != "ctranslate2":
             found = self._load_torch(choice)
         model, manifest = found
+        log.info("This machine: %s", describe_machine())
         log.info(
             "Loaded %s in %.2f s, to compute with %s in %s on %s: %s",
             *(manifest.model_name, time.monotonic() - started),

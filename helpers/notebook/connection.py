@@ -94,6 +94,7 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
 
         auth.authenticate_user(project_id=project)
     connection = Connection(project, location, bucket or f"{project}-streaming-llm", is_local)
+    _explain_denied_calls(project)
     if not is_local:
         _google_project = project
     _create_bucket(connection)
@@ -113,6 +114,22 @@ def _check(project: str, location: str, bucket: str) -> None:
             f"location = {location!r} is not the name of a region: set it to one such as us-central1 or "
             "europe-west4 (https://cloud.google.com/dataflow/docs/resources/locations)."
         )
+
+
+def _explain_denied_calls(project: str) -> None:
+    """Has the kernel show the missing role in place of a client's traceback."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is None:
+        return
+    from google.api_core.exceptions import Forbidden
+
+    def show(shell, kind, error, traceback, tb_offset=None) -> list[str]:
+        text = f"{kind.__name__}: {access.explain(error, project)}"
+        shell._showtraceback(kind, text, [text])
+        return [text]
+
+    shell.set_custom_exc((Forbidden,), show)
 
 
 def _offer_project() -> None:

@@ -255,6 +255,8 @@ def _bytes_of(attribute: tuple[str, str]) -> int:
 
 def _attributes(message: PubsubMessage, data: bytes, **more: str) -> dict[str, str]:
     """The message's own attributes and more, within Pub/Sub's limits, or publishing would fail for ever."""
+    if not message.message_id:  # its reader has only an attribute of its own to match it by
+        Metrics.counter(NAMESPACE, "without_message_id").inc()
     more = {"prompt_message_id": message.message_id or "", **more}
     if message.ordering_key:
         more["ordering_key"] = message.ordering_key
