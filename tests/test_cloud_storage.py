@@ -8,6 +8,8 @@ import io
 import itertools
 import multiprocessing
 import os
+import subprocess
+import sys
 import uuid
 
 import google_crc32c

@@ -84,8 +84,8 @@ def test_a_cpu_job_has_what_a_language_model_needs(capture):
     job = capture()
     assert job["type"] == "JOB_TYPE_STREAMING"
     workers, experiments = pool(job), job["environment"]["experiments"]
-    # The machine is sizing's: xl's 5.7 GB of weights, batches of 32, in bfloat16.
-    assert workers["machineType"] == "n4-highmem-2"
+    # The machine is sizing's: xl's 11.4 GB of weights in float32, batches of 32.
+    assert workers["machineType"] == "n4-highmem-4"
     # One process, one model a machine.
     assert "no_use_multiple_sdk_containers" in experiments
     assert "use_multiple_sdk_containers" not in experiments
@@ -93,8 +93,9 @@ def test_a_cpu_job_has_what_a_language_model_needs(capture):
     assert {"enable_streaming_engine", "enable_windmill_service"} <= set(experiments)
     assert job["environment"]["serviceOptions"] == ["streaming_mode_at_least_once"]
     assert (workers["numWorkers"], workers["autoscalingSettings"]["maxNumWorkers"]) == (1, 4)
-    # 25 GB for the system, and three times 5.7 GB: as it comes, and twice as it is served.
-    assert workers["diskSizeGb"] == 50
+    # 25 GB for the system, as much for what it installs, and five times 5.7 GB: as it comes, and twice as it
+    # is served, in float32.
+    assert workers["diskSizeGb"] == 80
     assert job["labels"] == {"series": "streaming-llm", "step": "deploy", "model": "flan-t5-xl"}
     # The image is Beam's own, for this Beam and this Python.
     assert workers["workerHarnessContainerImage"].endswith(f":{beam.__version__}")
@@ -110,7 +111,7 @@ def test_a_gpu_job_names_its_accelerator_and_its_driver(capture):
         "streaming_mode_at_least_once",
     ]
     assert "no_use_multiple_sdk_containers" in job["environment"]["experiments"]
-    assert workers["diskSizeGb"] == 50
+    assert workers["diskSizeGb"] == 90  # the system, the packages with CUDA, the driver, the state dict
     assert job["labels"]["series"] == "streaming-llm"
     assert (workers["numWorkers"], workers["autoscalingSettings"]["maxNumWorkers"]) == (1, 4)
 
@@ -240,7 +241,10 @@ def test_the_helpers_are_sent_along_unless_the_image_has_them(xl):
 
 def test_the_disk_holds_the_state_dict_as_it_is_computed_in():
     manifest = Manifest("m", "float16", 1, 20 * GB, "")
-    assert disk_gb(manifest, "n4-standard-8") == 90  # bfloat16: 25 + 3 × 20
+    assert disk_gb(manifest, "c4-standard-8") == 90  # bfloat16: 25 + 3 × 20
+    assert disk_gb(manifest, "c4-standard-8", installs=True) == 110  # and CUDA's libraries
+    assert disk_gb(manifest, "c4-standard-8", installs=True, has_cuda=False) == 90
+    assert disk_gb(manifest, "g2-standard-8") == 110  # and the driver
     assert disk_gb(manifest, "n2-standard-8") == 130  # float32: 25 + 5 × 20
     assert disk_gb(manifest, "n4-standard-8", "int8") == 70  # 25 + 2 × 20
     assert disk_gb(Manifest("m", "float16", 1, 10**6, ""), "n4-standard-2") == 30
@@ -249,7 +253,8 @@ def test_the_disk_holds_the_state_dict_as_it_is_computed_in():
 @pytest.mark.parametrize(
     ("answering", "machine_type", "uses"),
     [
-        ({}, "n4-standard-2", False),  # torch, in bfloat16
+        ({}, "c4-standard-2", False),  # torch, in bfloat16
+        ({}, "n4-standard-2", True),  # which may not have it
         ({}, "n2-standard-2", True),
         ({"engine": "torch"}, "n2-standard-2", False),
         ({"dtype": "int8"}, "n4-standard-2", True),
@@ -274,7 +279,7 @@ def test_a_machine_is_chosen_for_what_computes(xl):
     manifest = read_manifest(xl)
     sized = {
         dtype: job_options.size_for_serving(
-            xl, manifest, **job_options.computing(AnsweringOptions(dtype=dtype))
+            xl, manifest, family="c4", **job_options.computing(AnsweringOptions(dtype=dtype))
         )
         for dtype in (None, "float32", "int8")
     }
@@ -331,3 +336,36 @@ def test_a_label_that_dataflow_refuses_is_refused_before_it_is_asked(label, capt
     with pytest.raises(OptionError, match="is not a label: write KEY=VALUE"):
         capture(f"--labels={label}")
     assert capture("--labels=team=ml_1-a")["labels"]["team"] == "ml_1-a"
+
+
+def test_workers_without_an_image_install_the_tested_versions(tmp_path):
+    options = PipelineOptions(["--machine_type=n4-standard-2"])
+    job_options.stage_helpers(options, str(tmp_path), AnsweringOptions(), "https://torch.example/cpu")
+    setup = options.view_as(SetupOptions)
+    lines = Path(setup.requirements_file).read_text().splitlines()
+    assert lines[0] == "--extra-index-url https://torch.example/cpu"
+    assert any(line.startswith("torch==") for line in lines)
+    assert any(line.startswith("transformers==") for line in lines)
+    assert setup.requirements_cache == "skip", "Beam would take the index for a package"
+
+
+def test_an_image_or_a_requirements_file_of_ones_own_is_left_alone(tmp_path):
+    for own in ("--sdk_container_image=gcr.io/p/w:1", "--requirements_file=mine.txt"):
+        options = PipelineOptions([own])
+        job_options.stage_helpers(options, str(tmp_path), AnsweringOptions())
+        assert options.view_as(SetupOptions).requirements_file in (None, "mine.txt")
+
+
+def test_dataflow_itself_is_told_the_time_limit_too():
+    cloud = PipelineOptions(["--dataflow_service_options=a=b"]).view_as(GoogleCloudOptions)
+    job_options._set_time_limit(cloud, 30)
+    assert cloud.dataflow_service_options == ["a=b", "max_workflow_runtime_walltime_seconds=3600"]
+    job_options._set_time_limit(cloud, 50)
+    assert len(cloud.dataflow_service_options) == 2, "the user's own stays"
+
+
+def test_a_persistent_disk_on_a_machine_that_takes_none_is_refused(capture):
+    for disk in ("pd-ssd", "compute.googleapis.com/projects//zones//diskTypes/pd-standard"):
+        with pytest.raises(OptionError, match="take no Persistent Disk"):
+            capture("--machine_type=n4-highmem-4", f"--worker_disk_type={disk}")
+    capture("--machine_type=n2-highmem-4", "--worker_disk_type=pd-ssd")

@@ -21,6 +21,7 @@ from google.cloud import dataflow_v1beta3 as dataflow
 from google.cloud import pubsub_v1, storage
 from google.protobuf import field_mask_pb2, struct_pb2
 
+from helpers.dataflow import Job
 from helpers.local_cloud.dataflow.dataflow_worker import graph
 
 REGION = "us-central1"
@@ -90,8 +91,14 @@ class Jobs:
         return self.jobs.update_job(self.of(dataflow.UpdateJobRequest, job_id, job=job))
 
     def drain(self, job_id):
-        self.ask(job_id, "DRAINED")
+        wait_until(lambda: self._may_drain(job_id))
         self.wait_for(job_id, "DRAINED")
+
+    def _may_drain(self, job_id):
+        try:
+            return self.ask(job_id, "DRAINED")
+        except exceptions.FailedPrecondition:  # it is not ready yet
+            return None
 
     def wait_for(self, job_id, state, seconds=300):
         end = time.monotonic() + seconds
@@ -144,7 +151,14 @@ class Messages:
         """Pulls and acknowledges until `count` messages have come or the time is up."""
         collected, end = [], time.monotonic() + seconds
         while len(collected) < count and time.monotonic() < end:
-            received = self._subscriber.pull(subscription=subscription, max_messages=1000).received_messages
+            try:
+                received = self._subscriber.pull(
+                    subscription=subscription, max_messages=1000, timeout=2, retry=None
+                ).received_messages
+            except exceptions.DeadlineExceeded:
+                if count == sys.maxsize:
+                    break
+                continue
             if received:
                 ack_ids = [m.ack_id for m in received]
                 self._subscriber.acknowledge(subscription=subscription, ack_ids=ack_ids)
@@ -153,7 +167,7 @@ class Messages:
 
     def collect_rest(self, subscription):
         """What is left in a subscription."""
-        return self.collect(subscription, sys.maxsize, seconds=1)
+        return self.collect(subscription, sys.maxsize)
 
     def subscriptions(self):
         return {s.name for s in self._subscriber.list_subscriptions(project=f"projects/{self.project}")}
@@ -506,7 +520,7 @@ def test_an_extra_package_is_installed_and_a_requirements_file_is_not(jobs, buck
     job_id = jobs.submit(build, *arguments, "--requirements_cache=skip", streaming=False).job_id()
     jobs.wait_for(job_id, "DONE")
     assert bucket.blob("output/extra").download_as_text() == "answer to one\n"
-    assert "requirements file is not installed" in jobs.messages(job_id, "WARNING")[0]
+    assert "a-package-that-is-nowhere" in jobs.messages(job_id, "WARNING")[0]
 
 
 def wheel(folder):
@@ -638,3 +652,64 @@ time.sleep(600)
     starter.kill()
     starter.wait()
     wait_until(lambda: not psutil.pid_exists(pid))
+
+
+def test_a_streaming_pipeline_with_state_is_refused_by_name(jobs, pubsub):
+    _, source = pubsub.make("stateful")
+
+    def build(pipeline):
+        read = pipeline | beam.io.ReadFromPubSub(subscription=source)
+        _ = read | beam.BatchElements(max_batch_duration_secs=1) | beam.Map(print)
+
+    job_id = jobs.submit(build).job_id()
+    jobs.wait_for(job_id, "FAILED")
+    assert "max_batch_seconds, is not imitated by the local cloud" in jobs.messages(job_id, "ERROR")[0]
+
+
+def test_a_job_that_is_not_ready_to_drain_says_so_and_is_drained_by_asking_again(cloud, jobs, pubsub):
+    responses, source = pubsub.make("young")
+    job_id = jobs.submit(stream(source, responses, echo())).job_id()
+    with pytest.raises(exceptions.FailedPrecondition, match="not yet ready for draining"):
+        jobs.ask(job_id, "DRAINED")
+    jobs.wait_for(job_id, "RUNNING")
+    assert Job(cloud.project, REGION, job_id).drain(timeout=300) == "DRAINED"
+    with pytest.raises(exceptions.FailedPrecondition, match="has terminated in state"):
+        jobs.ask(job_id, "DRAINED")
+
+
+def test_an_update_that_lacks_a_step_is_refused_and_the_old_job_goes_on(jobs, pubsub):
+    responses, source = pubsub.make("steps")
+
+    def build(name):
+        def steps(pipeline):
+            read = pipeline | "Read" >> beam.io.ReadFromPubSub(subscription=source)
+            _ = read | name >> beam.Map(lambda data: data) | "Write" >> beam.io.WriteToPubSub(responses)
+
+        return steps
+
+    old = jobs.submit(build("Old step"), name="renamed").job_id()
+    jobs.wait_for(old, "RUNNING")
+    new = jobs.submit(build("New step"), "--update", name="renamed").job_id()
+    jobs.wait_for(new, "FAILED")
+    assert "missing steps Old step" in jobs.messages(new, "ERROR")[0]
+    assert jobs.state(old) == "RUNNING"
+    mapping = '--transform_name_mapping={"Old step": "New step"}'
+    mapped = jobs.submit(build("New step"), "--update", mapping, name="renamed").job_id()
+    jobs.wait_for(mapped, "RUNNING")
+    jobs.wait_for(old, "UPDATED")
+    jobs.drain(mapped)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--machine_type=n4-standart-2"], "does not exist"),
+        (["--machine_type=a3-highgpu-1g"], "Spot or Flex-start"),
+        (["--machine_type=n4-standard-2", "--worker_disk_type=pd-ssd"], "not compatible"),
+        (["--region=atlantis1"], "not a region"),
+    ],
+)
+def test_workers_that_the_service_refuses_are_refused(arguments, message, jobs, pubsub):
+    responses, source = pubsub.make("refused")
+    with pytest.raises(Exception, match=message):
+        jobs.submit(stream(source, responses, echo()), *arguments)

@@ -141,7 +141,7 @@ def test_unknown_families_are_refused_with_those_there_are():
 
 @pytest.mark.parametrize(
     ("gigabytes", "expected"),
-    [(10, "g2-standard-4"), (30, "a2-highgpu-1g"), (60, "a2-ultragpu-1g"), (100, "a3-ultragpu-8g")],
+    [(10, "g2-standard-4"), (30, "a2-highgpu-1g"), (60, "a2-ultragpu-1g")],
 )
 def test_the_smallest_gpu_that_holds_the_model(gigabytes, expected):
     assert smallest_gpu(gigabytes * 10**9).name == expected
@@ -154,8 +154,10 @@ def test_a_gpu_machine_has_the_memory_that_its_host_needs():
 def test_a_model_too_large_for_a_familys_gpu_is_sent_to_the_next_family():
     with pytest.raises(MachineTypeError, match="a2 family"):
         smallest_gpu(60 * 10**9, family="g2")
-    with pytest.raises(MachineTypeError, match="any single GPU"):
-        smallest_gpu(200 * 10**9)
+    for size, family in ((200, "a3"), (100, None)):  # A3 is not to be had for the asking
+        with pytest.raises(MachineTypeError, match="any single GPU"):
+            smallest_gpu(size * 10**9, family=family)
+    assert smallest_gpu(100 * 10**9, family="a3").name == "a3-ultragpu-8g"
 
 
 def test_an_unknown_machine_type_is_refused():

@@ -60,7 +60,7 @@ def test_a_job_that_has_everything_misses_nothing(ready):
         assert name in subjects
     # What the local cloud does not imitate is reported as skipped, neither fine nor missing.
     skipped = {finding.subject for finding in findings if finding.result == "skipped"}
-    assert skipped == {"APIs", f"permissions in {ready['project']}"}
+    assert skipped == {"APIs", "Compute Engine", f"permissions in {ready['project']}"}
     assert findings[0].row().keys() == {"what", "result", "detail", "mend"}
 
 
@@ -168,12 +168,12 @@ def test_a_machine_without_room_for_the_model_is_a_miss(ready, storage_client):
     config = (CONFIGS / "google--flan-t5-xl.json").read_bytes()
     xl = ready | {"state_dict_path": place(storage_client, ready, "xl", config=config)}
     miss = only_miss(xl, machine_type="n4-standard-2")
-    assert "GB, but the machine has 7.3 GB for it" in miss.detail
-    assert "--machine_type=n4-highmem-2" in miss.mend
+    assert "GB, but the machine has 5.3 GB for it" in miss.detail
+    assert "--machine_type=n4-highmem-4" in miss.mend
     assert only_miss(xl, machine_type="n2-highmem-2").mend.startswith("give --machine_type=n2-highmem-4")
-    assert misses(preflight(**xl, machine_type="n4-highmem-2")) == []
+    assert misses(preflight(**xl, machine_type="n4-highmem-4")) == []
     large = {"max_batch_size": 512, "max_batch_tokens": 512 * 1024, "max_response_tokens": 512}
-    assert "GB for it" in only_miss(xl, machine_type="n4-highmem-2", **large).detail
+    assert "GB for it" in only_miss(xl, machine_type="n4-highmem-4", **large).detail
 
 
 def test_the_command_line_takes_the_jobs_own_and_says_what_is_missing(ready, tmp_path):

@@ -10,8 +10,9 @@ import pytest
 from helpers.models import ModelError
 from helpers.sizing import size_model
 from helpers.sizing.__main__ import main
-from helpers.sizing.machine_types import MachineTypeError
+from helpers.sizing.machine_types import GIB, MachineTypeError
 from helpers.sizing.model_memory import SizingError
+from helpers.sizing.sizes import SERVICE_BYTES
 
 SMALL, BASE, LARGE, XL, XXL = (f"google/flan-t5-{size}" for size in ("small", "base", "large", "xl", "xxl"))
 UL2 = "google/flan-ul2"
@@ -58,10 +59,11 @@ def test_the_published_machine_for_xl_is_too_small_for_its_own_handler():
 
 
 @pytest.mark.parametrize(("model", "published_gb"), [(XXL, 64), (UL2, 128)])
-def test_in_int8_the_largest_models_fit_a_quarter_of_the_published_machines(model, published_gb):
+def test_in_int8_the_largest_models_fit_half_of_the_published_machines(model, published_gb):
+    """A quarter would do, were they not held twice on Intel's processors while they are loaded."""
     sized = size_model(model, engine="ctranslate2", compute_dtype="int8")
     assert sized.serve.parts["weights"] == sized.parameters
-    assert sized.serve.machine.memory_gb <= published_gb / 4
+    assert sized.serve.machine.memory_gb <= published_gb / 2
     assert size_model(model, method="sample").serve.machine.memory_gb == published_gb
 
 
@@ -86,26 +88,39 @@ def test_an_engine_that_cannot_do_it_is_refused(settings, message):
         size_model(SMALL, **settings)
 
 
-@pytest.mark.parametrize("model", [XL, XXL, UL2])
+@pytest.mark.parametrize("model", [XXL, UL2])
 def test_serving_in_half_precision_needs_a_machine_of_half_the_memory(model):
-    ours, theirs = size_model(model), size_model(model, method="sample")
+    ours, theirs = size_model(model, family="c4"), size_model(model, method="sample")
     assert ours.compute_dtype == "bfloat16"
     assert ours.serve.machine.memory_gb <= theirs.serve.machine.memory_gb / 2
     assert ours.serve.memory_bytes > ours.weights_bytes["float16"]  # mapped weights have to fit all the same
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_the_smallest_machine_converts_every_model(model):
+def test_the_smallest_machine_that_vertex_ai_takes_converts_every_model(model):
     sized = size_model(model)
-    assert (sized.convert.machine.name, sized.convert.machine.memory_gb) == ("e2-standard-2", 8)
+    assert (sized.convert.machine.name, sized.convert.machine.memory_gb) == ("e2-highmem-2", 16)
     assert sized.convert.memory_bytes < 600e6
     assert sized.convert.disk_gb * 1e9 > 6 * sized.parameters
 
 
-def test_families_without_bfloat16_hold_float32():
-    on_n4, on_n2 = size_model(XL, family="n4"), size_model(XL, family="n2")
-    assert (on_n4.compute_dtype, on_n2.compute_dtype) == ("bfloat16", "float32")
-    assert on_n2.serve.parts["weights"] == 2 * on_n4.serve.parts["weights"]
+def test_families_that_are_not_known_to_compute_in_bfloat16_hold_float32():
+    on_c4, on_n4, on_n2 = (size_model(XL, family=family) for family in ("c4", "n4", "n2"))
+    assert [one.compute_dtype for one in (on_c4, on_n4, on_n2)] == ["bfloat16", "float32", "float32"]
+    assert on_n2.serve.parts["weights"] == on_n4.serve.parts["weights"] == 2 * on_c4.serve.parts["weights"]
+
+
+def test_a_machine_has_room_for_dataflows_own_processes():
+    """A process of 6.5 GB fits 8 GB with a headroom of 15 %, and not beside the runner's harness."""
+    sized = size_model(XL, family="c3").serve
+    assert sized.memory_bytes < 8 * GIB * 0.85 < sized.memory_bytes + SERVICE_BYTES["project"]
+    assert sized.machine.memory_gb == 16
+
+
+def test_a_family_that_vertex_ai_has_not_is_refused():
+    with pytest.raises(MachineTypeError, match="no n4 machines: convert on e2 or n2"):
+        size_model(SMALL, convert_family="n4")
+    assert size_model(SMALL, convert_family="n2").convert.machine.name == "n2-highmem-2"
 
 
 def test_processes_share_mapped_weights_and_nothing_else():
@@ -190,12 +205,12 @@ def test_the_options_reach_the_sizing(capsys):
 
 
 def test_the_table_shows_each_model_and_its_machines(capsys):
-    assert main([SMALL, XXL, "--price-per-hour", "n4-highmem-4=0.31"]) == 0
+    assert main([SMALL, XXL, "--price-per-hour", "n4-highmem-8=0.31"]) == 0
     header, _, small, xxl = capsys.readouterr().out.splitlines()
     assert header.endswith("cost/hour")
     assert "76,961,152" in small
     assert small.endswith("-")  # no price was given for its machine
-    assert "n4-highmem-4 (32 GB)" in xxl
+    assert "n4-highmem-8 (64 GB)" in xxl
     assert xxl.endswith("0.31")
 
 

@@ -66,7 +66,7 @@ def test_a_job_writes_what_is_asked_for_whatever_its_names(cloud, bucket, model,
     assert job.labels["step"] == "convert" and job.labels["dtype"] == "float16"
     worker_pool = job.job_spec.worker_pool_specs[0]
     assert worker_pool.container_spec.image_uri == IMAGE
-    assert worker_pool.machine_spec.machine_type == "e2-standard-2"
+    assert worker_pool.machine_spec.machine_type == "e2-highmem-2"
     assert worker_pool.disk_spec.boot_disk_size_gb == 100
     assert job.job_spec.scheduling.timeout.total_seconds() == 240 * 60
 
@@ -185,6 +185,8 @@ def test_ctrl_c_asks_whether_to_cancel(is_terminal, answer, goes_on, cloud, buck
         ),
         ({"bucket": "no-such-bucket"}, FileNotFoundError, "'no-such-bucket' .* does not exist"),
         ({"disk_size_gb": 50}, ValueError, "give 100 or more"),
+        ({"machine_type": "e2-standard-2"}, ValueError, "of e2-standard it takes e2-standard-4"),
+        ({"machine_type": "n4-standard-4"}, ValueError, "it takes the families e2, n2"),
         ({"timeout_minutes": 0}, ValueError, "give 1 or more"),
         ({"dtype": "int8"}, ValueError, "not one of float16"),
         ({"model_name": "./nowhere"}, ValueError, "There is no folder nowhere"),

@@ -1,6 +1,7 @@
 """The workers' image: all the places that name a version agree, and what cannot be built is reported."""
 
 import gzip
+import importlib.metadata
 import io
 import re
 import sys
@@ -12,6 +13,7 @@ import apache_beam
 import pytest
 from google.cloud.devtools import cloudbuild_v1
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from helpers.dataflow import worker_image
 from helpers.dataflow.worker_image import (
@@ -50,15 +52,18 @@ def argument(name: str) -> str:
 def test_the_requirements_are_those_of_the_constraints():
     dependencies = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["ctranslate2"]]
     assert requirements(dependencies, CONSTRAINTS) == REQUIREMENTS, (
-        "run: python -m helpers.dataflow.worker_image requirements pyproject.toml constraints.txt "
-        "> helpers/worker/requirements.txt"
+        "run: python -m helpers.dataflow image requirements pyproject.toml constraints.txt "
+        "> helpers/dataflow/worker/requirements.txt"
     )
     tested = {name.lower().replace("_", "-"): version for name, version in pins(CONSTRAINTS).items()}
     assert pins(REQUIREMENTS).items() <= tested.items()
 
 
 def test_the_image_has_every_dependency_of_the_helpers_in_its_range():
-    versions = pins(REQUIREMENTS)
+    """Its own, or one that comes with Beam."""
+    tested = {name.lower().replace("_", "-"): version for name, version in pins(CONSTRAINTS).items()}
+    beams = worker_image.closure([Requirement(worker_image.BEAM)], tested)
+    versions = {name: tested[name] for name in beams} | pins(REQUIREMENTS)
     for text in PROJECT["dependencies"]:
         requirement = Requirement(text)
         assert versions[requirement.name] in requirement.specifier
@@ -86,7 +91,8 @@ def test_a_missing_constraint_is_told():
 
 
 def test_extras_bring_what_they_need():
-    assert "cryptography==" in requirements(["google-auth[requests,pyopenssl]"], CONSTRAINTS)
+    wanted = [Requirement("google-auth[requests,pyopenssl]")]
+    assert "cryptography" in worker_image.closure(wanted, dict(worker_image._pins(CONSTRAINTS)))
 
 
 def test_the_build_has_what_the_dockerfile_copies():
@@ -148,3 +154,19 @@ def test_an_image_is_built_for_the_python_that_submits(monkeypatch):
     image = build_image(project="p", location="us-central1", bucket="b", torch_index_url="https://index")
     assert built["PYTHON_VERSION"] == "3.13"
     assert python_of(image) == "3.13"
+
+
+def test_no_pin_contradicts_what_beams_image_holds():
+    """Every package that Beam needs is in its image, in a version of Beam's choice: none is pinned over it,
+    and none of those asks for another version of one that is pinned."""
+    pinned = dict(line.split("==") for line in REQUIREMENTS.splitlines() if "==" in line)
+    pins = dict(worker_image._pins(CONSTRAINTS))
+    beams = worker_image.closure([Requirement(worker_image.BEAM)], pins)
+    assert not beams & pinned.keys()
+    assert {"torch", "transformers", "ctranslate2"} <= pinned.keys()
+    for name in beams:
+        for text in importlib.metadata.requires(name) or ():
+            requirement = Requirement(text)
+            other = canonicalize_name(requirement.name)
+            if other in pinned and worker_image._is_for_workers(requirement, {""}):
+                assert requirement.specifier.contains(pinned[other], prereleases=True), (name, text)

@@ -35,7 +35,7 @@ def if_transient(error: BaseException) -> bool:
 
 POLL_SECONDS = 1.0
 ASK_AGAIN_SECONDS = 15.0
-"""The time between two requests to drain a job that Dataflow does not let drain yet."""
+"""The longest time between two requests to drain a job that Dataflow does not let drain yet."""
 
 RETRY = Retry(predicate=if_transient, timeout=300)
 """For questions, which change nothing: a service that is unavailable for some minutes ends no wait."""
@@ -301,12 +301,12 @@ class Job:
             JobError: the job failed, or has not ended in time; the message says what it was asked for last.
         """
         deadline = time.monotonic() + timeout
-        refusal, asked_at = "", -math.inf
+        refusal, ask_at, pause = "", -math.inf, POLL_SECONDS
         while (now := self.state()) not in TERMINAL:
             moment = time.monotonic()
             wanted = "CANCELLED" if now in ("PENDING", "QUEUED") else state
-            if now not in UNDER_WAY[wanted] and moment - asked_at >= ASK_AGAIN_SECONDS:
-                asked_at = moment
+            if now not in UNDER_WAY[wanted] and moment >= ask_at:
+                ask_at, pause = moment + pause, min(2 * pause, ASK_AGAIN_SECONDS)
                 try:
                     self.request(wanted)
                     refusal = ""

@@ -218,8 +218,8 @@ def _check_not_gated(model_name: str) -> None:
         return
     if gated:
         raise ValueError(
-            f"{model_name} is gated, and a Vertex AI job has no token of yours: download it here, and give its "
-            "folder, which is uploaded for the job; or convert it here, with `local`."
+            f"{model_name} is gated, and a Vertex AI job has no token of yours: download it here, and give "
+            "its folder, which is uploaded for the job; or convert it here, with `local`."
         )
 
 

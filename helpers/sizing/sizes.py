@@ -240,10 +240,7 @@ def size_model(
             parts = {"weights": weights if engine == "torch" else processes * weights}
             each["Python worker"] = WORKER_BYTES
         parts |= {name: processes * size for name, size in each.items()}
-        if engine == "ctranslate2" and family not in (
-            *machine_types.GPU_FAMILIES,
-            *machine_types.AMD_FAMILIES,
-        ):
+        if engine == "ctranslate2" and family in machine_types.INTEL_FAMILIES:
             # Intel's processors, or perhaps: the largest of the two moments counts.
             copy, left = packed_bytes(config, count.checkpoint, compute_dtype)
             serving = sum(parts.values()) + processes * left

@@ -26,7 +26,8 @@ QUERIES = {
     "buckets.get": _query(""),
     "buckets.delete": _query(""),
     "buckets.testIamPermissions": _query("permissions"),
-    "objects.list": _query(f"prefix delimiter startOffset endOffset {_PAGES}"),
+    # Nothing is versioned, so all versions are the live ones.
+    "objects.list": _query(f"prefix delimiter startOffset endOffset {_PAGES}", "versions"),
     "objects.get": _query(f"generation {_CONDITIONS}"),
     "objects.delete": _query(f"generation {_CONDITIONS}"),
     "objects.insert": _query(f"uploadType name upload_id contentEncoding {_CONDITIONS}"),
