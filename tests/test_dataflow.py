@@ -202,11 +202,10 @@ def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, 
         "temp_location": model[1].rpartition("/")[0] + "/temp",
         "responses_topic": topics["responses"],
         "messages_subscription": topics["messages-subscription"],
+        "dead_letter_topic": topics["dead-letters"],
         "max_response_tokens": 4,
     }
     job = submit(cloud, model, topics, beam_options=["--labels=drain_after=4000000000"])
-    with pytest.raises(JobError, match="is PENDING"):
-        dataflow.update(job, **changed)
     job.wait_for("RUNNING", timeout=300)
     guard = job_guard.start(cloud.project, LOCATION, job.job_id, minutes=10)
     ids = pubsub.publish(topics["messages"], [f"prompt {n}" for n in range(10)])
@@ -215,6 +214,8 @@ def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, 
     with pytest.raises(JobError, match="nowhere"):
         dataflow.update(job, **(changed | nowhere), timeout=300)
     assert job.state() == "RUNNING", "an update that fails leaves the old job as it was"
+    with pytest.raises(JobError, match="missing steps Write dead letters"):
+        dataflow.update(job, **(changed | {"dead_letter_topic": None}), timeout=300)
 
     new = dataflow.update(job, transform_name_mapping={"Answer": "Answer"}, **changed, timeout=300)
     try:
@@ -228,6 +229,8 @@ def test_an_update_answers_with_the_new_weights_and_loses_nothing(cloud, model, 
         assert by_id[after[0]] == str(other)
         assert guard.poll() is None, "the guard follows the job that replaced the old one"
         assert new.drain(timeout=300) == "DRAINED"
+        with pytest.raises(JobError, match="is DRAINED: submit a new one"):
+            dataflow.update(new, **changed)
         guard.wait(300)  # and ends with it
     finally:
         new.cancel(timeout=300)

@@ -28,7 +28,7 @@ def table() -> str:
 
 def commands() -> str:
     """The command that enables the APIs, those for images apart."""
-    series = [name for name in access.apis("series", "check", "topic")]
+    series = access.apis("series", "check", "topic")
     images = [name for name in access.apis("image") if name not in series]
     return (
         f"```sh\n{access.enable_command('YOUR-PROJECT', series)}\n"

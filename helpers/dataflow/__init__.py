@@ -12,7 +12,7 @@ __all__, __getattr__ = public(
         "job_list": ["ListedJob", "find_name", "list_series", "reap"],
         "job_options": ["OptionError", "new_job_name", "size_for_serving", "valid_job_name"],
         "job_status": ["Status"],
-        "jobs": ["submit", "update"],
+        "jobs": ["UPDATE_SECONDS", "submit", "update"],
         "worker_image": ["build_image"],
     },
 )

@@ -302,6 +302,8 @@ class Job:
         """
         deadline = time.monotonic() + timeout
         refusal, ask_at, pause = "", -math.inf, POLL_SECONDS
+        if (now := self.state()) in TERMINAL:
+            return now
         while (now := self.state()) not in TERMINAL:
             moment = time.monotonic()
             wanted = "CANCELLED" if now in ("PENDING", "QUEUED") else state
@@ -318,7 +320,7 @@ class Job:
                     f"costs money: look at {self.url}, drain it again, or cancel it."
                 )
             time.sleep(min(POLL_SECONDS, max(0.0, deadline - moment)))
-        if now == "FAILED":
+        if now in ("FAILED", "UPDATED"):
             raise JobError(f"The job ended as {now}. {self._why()}\nSee {self.url}")
         return now
 

@@ -20,6 +20,9 @@ from helpers.files import access
 from helpers.model_handler.options import answering_options, takes_options
 from helpers.pipeline.command_line import check_beam_arguments
 
+UPDATE_SECONDS = 900.0
+"""How long an updated job may take to answer a first message: new workers start for it."""
+
 
 @takes_options
 def submit(
@@ -142,12 +145,13 @@ def update(
     job: Job,
     *,
     transform_name_mapping: Mapping[str, str] | None = None,
-    timeout: float = 900,
+    timeout: float = UPDATE_SECONDS,
     **arguments: Any,
 ) -> Job:
     """Replaces a running job by a new one, with another state dict, other options, or new code.
 
-    The new job takes over what the old one has read but not answered. For a new state dict at the same path
+    The new job takes over what the old one has read but not answered. It must have all steps of the old one:
+    give `dead_letter_topic`, `before` and `after` as then. For a new state dict at the same path
     there is a lighter way: `submit(..., reload_seconds=...)` takes it up without a new job.
 
     Args:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from .http_server import Router, serve_connection, warn_once
-from .upstream import Upstream, authorization, is_link_local, is_this_machine, read_head
+from .upstream import Upstream, authorization, is_link_local, is_metadata_server, is_this_machine, read_head
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ def is_google_host(host: str) -> bool:
     host = host.lower().strip("[]").rstrip(".")
     return (
         host == METADATA_HOST
+        or is_metadata_server(host)
         or host.endswith(tuple("." + d for d in GOOGLE_DOMAINS))
         or host in GOOGLE_DOMAINS
     )

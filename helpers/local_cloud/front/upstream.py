@@ -20,15 +20,40 @@ def is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
+def is_metadata_server(host: str) -> bool:
+    """Whether `host` is the address, however written, of the server that a machine on Google Cloud asks for
+    its own credentials."""
+    return _address(host) in _METADATA_SERVERS
+
+
 def is_link_local(host: str) -> bool:
-    """Whether `host` is an address on this machine's own network link, where most clouds have the servers
-    that give out a machine's credentials."""
+    """Whether `host` is an address, however written, on this machine's own network link: most clouds have
+    their metadata servers there."""
+    address = _address(host)
+    return address is not None and (address.is_link_local or address in _METADATA_SERVERS)
+
+
+# IPv6 addresses that end in an IPv4 address: mapped, compatible, and those of NAT64 (RFC 4291, RFC 6052).
+_EMBEDDING = [ipaddress.ip_network(n) for n in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96")]
+_METADATA_SERVERS = (ipaddress.ip_address("169.254.169.254"), ipaddress.ip_address("fd20:ce::254"))
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host's name stands for without being looked up: `2852039166`, `0xa9fea9fe` and
+    `::ffff:169.254.169.254` are all 169.254.169.254."""
+    host = host.lower().strip("[]").rstrip(".").partition("%")[0]
     try:
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_link_local or address == ipaddress.ip_address("fd20:ce::254")
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(host))
+        except (OSError, UnicodeError):
+            return None
+    if isinstance(address, ipaddress.IPv6Address):
+        if any(address in network for network in _EMBEDDING):
+            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        return address.sixtofour or address
+    return address
 
 
 @dataclass(frozen=True)

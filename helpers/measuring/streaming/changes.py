@@ -18,9 +18,6 @@ WARM_UP = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # messages at once
 WARM_UP_APART = 0.7  # seconds
 WARM_UP_WAIT = 600.0  # seconds
 
-UPDATE_SECONDS = 900.0
-"""How long an updated job may take to answer a first message: on Dataflow, new workers start for it."""
-
 
 class NotAnsweredError(RuntimeError):
     """Messages that were to be answered before the next measurement, and were not."""
@@ -84,7 +81,7 @@ def measure_changes(
         JobError, OptionError, ValueError: as `helpers.dataflow.update`.
         SendingError, SweepError: as `sweep_rates`.
     """
-    from helpers.dataflow import update
+    from helpers.dataflow import UPDATE_SECONDS, update
 
     found = {}
     for change in changes:
