@@ -42,21 +42,21 @@ class TemplateStoppedError(TemplateError):
 class ChatTemplate:
     """A tokenizer's chat template.
 
-    The process is started when this is made, so that it is ready when the first prompt comes, and ends with
-    it. Several threads may use it: they take turns.
+    One process renders all templates of this one. It is started when the first of them is made, so that it is
+    ready when the first prompt comes, and anew when a template had to be stopped. Several threads may use it:
+    they take turns.
 
     Args:
         tokenizer: one that has a chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._start = {
+        self._template = {
             "template": tokenizer.get_chat_template(),
             "special_tokens": tokenizer.special_tokens_map,
-            "memory_bytes": MEMORY_BYTES,
         }
-        self._lock = threading.Lock()
-        self._process = _Process(self._start)
+        with _lock:
+            _running()
 
     def render(self, turns: list[dict[str, str]], most_characters: int) -> str:
         """The template's text of a conversation, up to where the model's answer begins.
@@ -69,11 +69,9 @@ class ChatTemplate:
             TemplateError: the template cannot be rendered for this prompt.
             TemplateStoppedError: not within the limits.
         """
-        request = {"messages": turns, "most_characters": most_characters}
-        with self._lock:
-            if not self._process.is_alive():
-                self._process = _Process(self._start)
-            answer = self._process.ask(request)
+        request = {**self._template, "messages": turns, "most_characters": most_characters}
+        with _lock:
+            answer = _running().ask(request)
         if "text" not in answer:
             kind = TemplateStoppedError if answer.get("was_stopped") else TemplateError
             raise kind(f"the chat template cannot be rendered for this prompt: {answer['error']}")
@@ -81,7 +79,8 @@ class ChatTemplate:
 
 
 class _Process:
-    def __init__(self, start: dict) -> None:
+    def __init__(self) -> None:
+        self.owner = os.getpid()  # a fork of this process must have one of its own
         # Not -m: a worker need not have this package in its path. The path of modules is this process's.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("template_process.py"))],
@@ -93,7 +92,7 @@ class _Process:
         self._is_ready = False
         threading.Thread(target=_read, args=(self._process, self._answers), daemon=True).start()
         self._end = weakref.finalize(self, _end, self._process)
-        self._send(start)
+        self._send({"memory_bytes": MEMORY_BYTES})
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -126,6 +125,18 @@ class _Process:
             self._process.stdin.flush()
         except OSError:
             pass  # it has ended, which its answer tells
+
+
+_lock = threading.Lock()
+_shared: _Process | None = None
+
+
+def _running() -> _Process:
+    """The process that renders; for a caller who holds the lock."""
+    global _shared
+    if _shared is None or _shared.owner != os.getpid() or not _shared.is_alive():
+        _shared = _Process()
+    return _shared
 
 
 def _read(process: subprocess.Popen, answers: queue.Queue[str]) -> None:

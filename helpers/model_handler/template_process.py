@@ -1,8 +1,8 @@
 """The program of the process that renders a chat template: see `helpers.model_handler.chat_template`.
 
-It reads lines of JSON and answers each with one: first the template with its special tokens and the memory
-that rendering may take, in bytes; then a conversation at a time, with the most characters that may come of
-it. Its memory is limited before it renders anything, so a template that fills it has an error.
+It reads lines of JSON and answers each with one: first the memory that rendering may take, in bytes; then a
+conversation at a time, with its template and special tokens, and the most characters that may come of it. Its
+memory is limited before it renders anything, so a template that fills it has an error.
 """
 
 import json
@@ -29,9 +29,9 @@ def main() -> None:
         try:
             (text,), _ = render_jinja_template(
                 conversations=[request["messages"]],
-                chat_template=start["template"],
+                chat_template=request["template"],
                 add_generation_prompt=True,
-                **start["special_tokens"],
+                **request["special_tokens"],
             )
             if len(text) > request["most_characters"]:
                 raise ValueError(f"it makes {len(text):,} characters of it")
