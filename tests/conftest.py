@@ -48,6 +48,14 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# A file is one process's from its beginning to its end: the longest come first, or the others wait for them.
+HEAVY = ("test_notebooks", "test_local_dataflow", "test_dataflow", "test_architectures", "test_versions")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))
+
+
 @pytest.fixture(scope="session")
 def cloud(tmp_path_factory) -> Iterator[Child]:
     """The running local cloud; its environment is this process's own for as long as the tests run."""

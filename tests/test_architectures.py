@@ -13,12 +13,13 @@ _outcomes = {}
 
 # Each is of a kind of its own: how it is attended, positioned, tied, mixed, batched or named. The others are
 # tried by `make test-all`, and here as well once the table is of another version of transformers.
-KINDS = frozenset(
-    "bart bert-generation blenderbot bloom codegen cohere deepseek_v3 encoder-decoder falcon gemma "
-    "gemma2 gemma3_text git gpt2 gpt_neox gptj granite jamba llama longt5 m2m_100 mamba marian mbart "
-    "mistral mixtral mpt mt5 olmo2 opt pegasus phi phi3 prophetnet qwen2 qwen3 recurrent_gemma rwkv "
-    "smollm3 stablelm t5 t5gemma trocr umt5 xlnet".split()  # noqa: SIM905
-)
+NAMES = """
+bart bert-generation blenderbot bloom codegen cohere deepseek_v3 encoder-decoder falcon gemma
+gemma2 gemma3_text git gpt2 gpt_neox gptj granite jamba llama longt5 m2m_100 mamba marian mbart
+mistral mixtral mpt mt5 olmo2 opt pegasus phi phi3 prophetnet qwen2 qwen3 recurrent_gemma rwkv
+smollm3 stablelm t5 t5gemma trocr umt5 xlnet
+"""
+KINDS = frozenset(NAMES.split())
 IS_CURRENT = f"transformers {transformers.__version__} registers" in TABLE.read_text()
 
 

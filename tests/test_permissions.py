@@ -38,7 +38,7 @@ def stream(cloud, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_checkpoint("llama", folder)
     connection = notebook.connect(bucket=f"denied-{uuid.uuid4().hex[:12]}")
-    path = connection.gs("tiny.pt")
+    path = connection.gs("models", "tiny.pt")
     convert(str(folder), path, progress=False)
     topics = [pubsub.create_topic(cloud.project, f"{name}-{connection.bucket}") for name in ("m", "r")]
     subscriptions = [pubsub.create_subscription(topic, topic.rpartition("/")[2]) for topic in topics]

@@ -281,7 +281,7 @@ def test_a_template_that_was_slow_once_still_takes_system_prompts(models, monkey
     asked = options(system_prompt="Be brief.")
     stopped = {"error": "it took longer than it may", "was_stopped": True}
     with monkeypatch.context() as busy:
-        busy.setattr(chat_template._Process, "_answer", lambda *_: stopped)
+        busy.setattr(chat_template._Process, "_answer", lambda self, _: self._end() or stopped)
         with pytest.raises(PromptError, match="longer than"):
             encoder.encode("Hi", asked)
     assert "<|start|>system\nBe brief." in checked.tokenizer.decode(encoder.encode("Hi", asked))
