@@ -340,3 +340,13 @@ def test_the_pipelines_counters_add_up(llama):
     assert values["failed_prompts"] == 1
     assert values["prompt_tokens"] > 0
     assert 2 <= values["response_tokens"] <= 8
+
+
+def test_a_worker_says_at_start_what_it_is(caplog, llama):
+    """Machine, versions, engine and dtype: what only a real worker can tell is then in every job's log."""
+    with caplog.at_level("INFO", logger="helpers.model_handler"):
+        served_model.ModelSource(str(llama[1]), dtype="float32", engine="torch").load()
+    [machine] = [one.getMessage() for one in caplog.records if one.getMessage().startswith("This machine")]
+    for part in ("processor", "vCPUs", "torch threads", "memory", "disk", "Python", "transformers"):
+        assert part in machine
+    assert any("to compute with torch in float32" in one.getMessage() for one in caplog.records)

@@ -146,3 +146,21 @@ def test_a_topic_that_does_not_exist_is_an_error(cloud):
         pubsub.publish(absent, ["lost"])
     with pytest.raises(NotFound):
         pubsub.create_subscription(absent, "absent")
+
+
+def test_an_answer_is_known_by_either_of_its_prompts_ids(topic):
+    """Also where a service hands messages to its workers without their message ids."""
+    name = f"either-{uuid.uuid4().hex[:8]}"
+    subscription = pubsub.create_subscription(topic, name)
+    ids = pubsub.publish_prompts(topic, ["one", "two", "three"])
+    sent = {m.message_id: m.attributes["prompt_id"] for m in pubsub.collect(subscription, 3, timeout=300)}
+    assert len(set(sent.values())) == 3
+    pubsub.publish(topic, ["1"], prompt_message_id=ids[0])
+    pubsub.publish(topic, ["2"], prompt_message_id="", prompt_id=sent[ids[1]])
+    pubsub.publish(topic, ["another's"], prompt_message_id="", prompt_id="unknown")
+    pubsub.publish(topic, ["3"], prompt_message_id=ids[2], prompt_id=sent[ids[2]])
+    answers = pubsub.collect_answers(subscription, ids, timeout=300)
+    assert [answers[one].data for one in ids] == [b"1", b"2", b"3"]
+    pubsub.delete(subscription)
+    with pytest.raises(ValueError, match="Message 1 of 1 is empty"):
+        pubsub.publish_prompts(topic, [""])

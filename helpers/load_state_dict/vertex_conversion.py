@@ -26,8 +26,9 @@ from helpers.sizing.services import check_vertex_training
 from helpers.sizing.sizes import MINIMUM_CONVERT_DISK_GB, size_model
 from helpers.sizing.this_machine import machine_memory_bytes
 
-# Vertex AI pulls from Docker Hub: https://cloud.google.com/vertex-ai/docs/training/create-custom-container
-IMAGE = "python:3.12-slim"
+# Docker Hub's image of Python, from Google's mirror of it: Docker Hub itself limits anonymous pulls by address,
+# which many projects share. https://cloud.google.com/artifact-registry/docs/pull-cached-dockerhub-images
+IMAGE = "mirror.gcr.io/library/python:3.12-slim"
 
 TIMEOUT_MINUTES = 240
 
