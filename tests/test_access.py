@@ -1,5 +1,6 @@
 """One table of APIs and roles: the README shows it, the preflight asks for it, and errors quote it."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_readme_shows_the_table():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+    try:
+        import access_table
+    finally:
+        sys.path.pop(0)
+    assert access_table.write(README) == README, "run python tools/access_table.py"
     for need in access.TABLE:
         assert f"`roles/{need.role}`" in README, need.role
     for name in access.apis():
@@ -59,3 +66,5 @@ def test_a_message_that_names_nothing_is_explained_by_the_call():
     assert "lacks pubsub.topics.create, which roles/pubsub.editor grants" in text
     assert "gcloud projects add-iam-policy-binding my-project" in text
     assert "ask its owner" in access.advice("No.", "p")
+    off = "Pub/Sub API has not been used in project 1 before or it is disabled. pubsub.googleapis.com"
+    assert "gcloud services enable pubsub.googleapis.com --project=p" in access.advice(off, "p")

@@ -125,3 +125,28 @@ def test_a_prompt_that_has_no_answer_or_an_error_says_so(box):
 def test_progress_ends_when_its_work_fails():
     with pytest.raises(ZeroDivisionError), interaction.progress("work", 3):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "said"),
+    [
+        ("false", bool, "-p overwrite False"),
+        (0, bool, "True or False"),
+        (True, int, "a whole number"),
+        ("4", float, "a number"),
+        (4, str, "-r overwrite 4"),
+        ("a", list, "a list"),
+    ],
+)
+def test_a_parameter_of_another_type_is_refused_with_the_right_form(value, kind, said):
+    """`-p overwrite false` is a text for papermill, and true: a state dict was replaced that was to stay."""
+    with pytest.raises(ValueError, match="overwrite = ") as caught:
+        notebook.check_types({"__annotations__": {"overwrite": kind}, "overwrite": value})
+    assert said in str(caught.value)
+
+
+def test_parameters_of_their_types_pass():
+    values = {"a": True, "b": 3, "c": 3, "d": "x", "e": [], "f": None}
+    kinds = {"a": bool, "b": int, "c": float, "d": str, "e": list, "f": object, "gone": int}
+    notebook.check_types({"__annotations__": kinds} | values)
+    notebook.check_types(values)

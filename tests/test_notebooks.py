@@ -96,6 +96,12 @@ def test_05_predicts_measures_and_plans(tmp_path, cloud):
     assert "The job: DRAINED" in shown(done)
 
 
+def test_a_parameter_that_papermill_misreads_stops_the_notebook_before_it_does_anything(tmp_path, cloud):
+    with pytest.raises(papermill.PapermillExecutionError, match="-p overwrite False") as caught:
+        execute("02", tmp_path, overwrite="false")
+    assert caught.value.exec_count <= 3, "the set-up cell"
+
+
 def test_05_refuses_what_cannot_be_before_it_starts_a_job(tmp_path, cloud):
     for wrong in ({"price_per_hour": "a lot"}, {"target_seconds": 0}, {"rates": []}, {"changes": ["int8"]}):
         with pytest.raises(papermill.PapermillExecutionError, match=next(iter(wrong))) as caught:

@@ -21,6 +21,7 @@ from helpers.model_handler import Failure, Response
 from helpers.pipeline import AskModel, transforms
 from helpers.pipeline.__main__ import main
 from helpers.pipeline.command_line import check_beam_arguments, parser
+from helpers.pipeline.stream import CommandLineError, build
 from helpers.pipeline.transforms import MAX_ATTRIBUTES, AskMessages, FailedPrompt, to_dead_letter, to_response
 
 RESPONSE = Response("text", 3, 2, "length")
@@ -340,3 +341,32 @@ def test_a_state_dict_that_is_not_there_is_told_on_every_runner():
     command = ["--messages-topic=t", "--responses-topic=r", "--state-dict-path=/none/m.pt", "--model-name=m"]
     with pytest.raises(SystemExit, match=r"error: .*manifest.json does not exist"):
         main(command)
+
+
+def test_a_stream_that_would_read_what_it_publishes_is_refused(cloud):
+    """One message made 60 of itself in twelve seconds, for ever, and paid for."""
+    from helpers import pubsub
+    from helpers.pipeline.destinations import check_destinations
+
+    topic = pubsub.create_topic(cloud.project, "circle")
+    subscription = pubsub.create_subscription(topic, "circle")
+    other = topic.replace("circle", "other")
+    for source in ({"messages_topic": topic}, {"messages_subscription": subscription}):
+        for names in (
+            {"responses_topic": topic},
+            {"responses_topic": other, "dead_letter_topic": topic},
+            {"responses_topic": other, "dead_letter_topic": other},
+        ):
+            with pytest.raises(CommandLineError, match=r"a topic of (their|its) own"):
+                check_destinations(**source, **names)
+        check_destinations(**source, responses_topic=other)
+    check_destinations(messages_subscription=subscription + "-absent", responses_topic=topic)
+    with pytest.raises(CommandLineError, match="for ever"):
+        build(
+            beam.Pipeline(),
+            model_name="m",
+            state_dict_path="m.pt",
+            messages_topic=topic,
+            responses_topic=topic,
+        )
+    pubsub.delete(topic, subscription)

@@ -153,7 +153,9 @@ def check_compute(
         return
     zones = [name for name, zone in found.get("items", {}).items() if zone.get("machineTypes")]
     subject = f"{machine_type} in {location}"
-    if any(name.startswith(f"zones/{location}-") for name in zones):
+    if "custom-" in machine_type:
+        yield Finding(subject, SKIPPED, "types of one's own are in no list")
+    elif any(name.startswith(f"zones/{location}-") for name in zones):
         yield Finding(subject)
     else:
         elsewhere = sorted({name.removeprefix("zones/").rpartition("-")[0] for name in zones})
@@ -161,7 +163,9 @@ def check_compute(
         yield Finding(subject, MISS, "no zone of the region has it", mend if elsewhere else "choose another")
     if gpu:
         metric = f"{gpu.removeprefix('nvidia-').removeprefix('tesla-').replace('-', '_').upper()}_GPUS"
-        limit = next((one["limit"] for one in quotas if one.get("metric", "").endswith(metric)), None)
+        limit = next(
+            (one["limit"] for one in quotas if one.get("metric") in (metric, f"NVIDIA_{metric}")), None
+        )
         if limit == 0:
             yield Finding(
                 f"quota for {gpu}",

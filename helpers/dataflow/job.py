@@ -320,7 +320,9 @@ class Job:
                     f"costs money: look at {self.url}, drain it again, or cancel it."
                 )
             time.sleep(min(POLL_SECONDS, max(0.0, deadline - moment)))
-        if now in ("FAILED", "UPDATED"):
+        if now == "UPDATED" and (successor := self.successor()):  # its update went on while it was asked
+            return successor.stop(state, max(0.0, deadline - time.monotonic()))
+        if now == "FAILED":
             raise JobError(f"The job ended as {now}. {self._why()}\nSee {self.url}")
         return now
 

@@ -42,6 +42,7 @@ from helpers.model_handler.prompt_check import check_around_prompts
 from helpers.models import ModelError
 from helpers.pipeline import CommandLineError
 from helpers.pipeline.command_line import parse, parser
+from helpers.pipeline.destinations import check_destinations
 from helpers.sizing import MachineTypeError, SizingError, machine_types
 from helpers.sizing.services import check_dataflow_worker, needs_reservation
 from helpers.sizing.sizes import SERVICE_BYTES
@@ -95,6 +96,12 @@ def preflight(
         findings += check_topic(topic)
     if messages_subscription:
         findings += check_subscription(messages_subscription)
+    findings += _destinations(
+        responses_topic=responses_topic,
+        messages_topic=messages_topic,
+        messages_subscription=messages_subscription,
+        dead_letter_topic=dead_letter_topic,
+    )
     manifest_findings, manifest = _state_dict(state_dict_path, model_name)
     findings += manifest_findings
     if manifest:
@@ -216,6 +223,13 @@ def _prompts(path: str, answering: AnsweringOptions) -> Iterator[Finding]:
             yield Finding("system prompt and template", detail="they leave room for prompts")
     except (OSError, ValueError) as error:
         yield Finding("system prompt and template", MISS, str(error), "change them, or the prompt format")
+
+
+def _destinations(**named: str | None) -> Iterator[Finding]:
+    try:
+        check_destinations(**named)
+    except CommandLineError as error:
+        yield Finding("source and destinations", MISS, str(error), "gcloud pubsub topics create ANOTHER")
 
 
 def _packages(torch_index_url: str) -> Finding:

@@ -30,6 +30,14 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from helpers.dataflow.job import Job
 
+
+def _time_since_boot() -> float:
+    """Seconds on a clock that only goes forward, also while this machine sleeps, where the system has one."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
 DRAIN_LABEL = "drain_after"
 """The label with the time, in seconds since 1970, at which a job is to be drained."""
 # Between two looks at the job: often while it is young, which is when it is updated, or ends for a mistake.
@@ -77,7 +85,7 @@ def guard(
     location: str,
     job_id: str,
     drain_at: float,
-    now: Callable[[], float] = time.monotonic,
+    now: Callable[[], float] = _time_since_boot,
     sleep: Callable[[float], object] = time.sleep,
 ) -> str:
     """Waits until the job has ended, and drains it at `drain_at`; returns its last state.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
 from apache_beam.options.pipeline_options import GoogleCloudOptions
-from google.api_core.exceptions import NotFound
+from google.api_core.exceptions import GoogleAPICallError, NotFound
 from google.cloud import dataflow_v1beta3 as dataflow
 
 from helpers.dataflow.job import RETRY, Job, JobError
@@ -131,11 +132,21 @@ def reap(
     """
     jobs = [one for one in list_series(project, location) if one.overdue or not overdue_only]
 
-    def stop(listed: ListedJob) -> tuple[ListedJob, str]:
-        try:
-            return listed, listed.job.stop("DRAINED", timeout)
-        except JobError:
-            return listed, listed.job.state()
+    ended: dict[str, str] = {}
 
-    with ThreadPoolExecutor(max(1, len(jobs))) as each:
-        return list(each.map(stop, jobs))
+    def stop(listed: ListedJob) -> None:
+        try:
+            ended[listed.job.job_id] = listed.job.stop("DRAINED", timeout)
+        except JobError:
+            with contextlib.suppress(GoogleAPICallError):
+                ended[listed.job.job_id] = listed.job.state()
+        except GoogleAPICallError as error:
+            ended[listed.job.job_id] = f"UNKNOWN ({error.message})"
+
+    # Not a pool: an interrupt must not wait for them.
+    threads = [threading.Thread(target=stop, args=(listed,), daemon=True) for listed in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout + 60)
+    return [(listed, ended.get(listed.job.job_id, "UNKNOWN")) for listed in jobs]

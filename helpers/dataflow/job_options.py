@@ -172,6 +172,12 @@ def stage_helpers(
     setup.extra_packages = [*(setup.extra_packages or []), str(build_wheel(folder, extras))]
     if setup.requirements_file or options.view_as(WorkerOptions).sdk_container_image:
         return
+    on_gpu = wants_gpu(answering.device) or _has_gpu(options.view_as(WorkerOptions).machine_type or "")
+    if on_gpu and torch_index_url.rstrip("/").endswith("/cpu"):
+        raise OptionError(
+            f"torch from {torch_index_url} computes on no GPU: leave torch_index_url out, or name an "
+            "index of torch with CUDA."
+        )
     index = [f"--extra-index-url {torch_index_url}"] if torch_index_url else []
     path = Path(folder) / "requirements.txt"
     path.write_text("\n".join([*index, REQUIREMENTS.read_text()]))
@@ -260,6 +266,7 @@ def disk_gb(
     family = machine_type.split("-")[0]
     computed = COMPUTE_BYTES[compute_dtype or compute_dtype_on(family, manifest.dtype)]
     held = manifest.bytes * (1 + 2 * computed / DTYPE_BYTES[manifest.dtype])
+    has_cuda = has_cuda or _has_gpu(machine_type)
     held += (CUDA_PACKAGES_BYTES if has_cuda else CPU_PACKAGES_BYTES) if installs else 0
     held += DRIVER_BYTES if _has_gpu(machine_type) else 0
     steps = math.ceil((SYSTEM_DISK_BYTES + held) / 1e9 / WORKER_DISK_STEP_GB)

@@ -74,9 +74,8 @@ def submit(
             `helpers.dataflow.job_guard`.
         helpers_in_image: whether the image has this package, so that it need not be sent along.
         torch_index_url: for workers without an image: the package index of torch without CUDA, which
-        PyTorch's
-            installation page (pytorch.org/get-started) names for Linux, pip, CPU. Without it, each new worker
-            fetches several GB of CUDA's libraries, also one without a GPU.
+            PyTorch's installation page (pytorch.org/get-started) names for Linux, pip, CPU. Without it, each
+            new worker fetches several GB of CUDA's libraries, also one without a GPU.
         beam_options: further options of Beam's, as on a command line; they win over what is chosen here.
         before, after: steps of one's own, as for `helpers.pipeline.build`.
         {options}

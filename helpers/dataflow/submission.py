@@ -14,6 +14,7 @@ from helpers.dataflow.job import Job
 from helpers.dataflow.job_list import check_name
 from helpers.model_handler.options import NAMES, answering_options
 from helpers.model_handler.prompt_check import check_around_prompts
+from helpers.pipeline.destinations import check_destinations
 from helpers.pipeline.stream import CommandLineError, start
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def submit(
         torch_index_url: the index of torch without CUDA, for workers without an image.
 
     Raises:
-        CommandLineError: a time for a job that is not submitted now.
+        CommandLineError: a time for a job that is not submitted now; a destination that is also the source.
         JobError: the job's name is in use, or there is no job of this name to update.
         TypeError, ValueError: there is no such answering option, or it is out of its range.
         OptionError, MachineTypeError, ModelError, SizingError: options or models that no worker can serve.
@@ -58,6 +59,8 @@ def submit(
     if answering.get("torch_threads") is None and (threads := job_options.torch_threads(beam_options)):
         answering["torch_threads"] = threads
     options = answering_options(answering)
+    named = ("responses_topic", "messages_topic", "messages_subscription", "dead_letter_topic")
+    check_destinations(**{name: arguments.get(name) for name in named})
     with tempfile.TemporaryDirectory() as folder:
         job_options.set_defaults(
             beam_options,

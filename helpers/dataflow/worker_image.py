@@ -114,7 +114,8 @@ def build_image(
             f"Cloud Build rejected the build ({error.message}): run\n"
             f"  {access.enable_command(project, access.apis('image'))}\n"
             + "".join(
-                f"  {access.grant_command(project, f'roles/{need.role}', f'ACCOUNT, {need.who}')}\n"
+                f"  {access.grant_command(project, f'roles/{need.role}', _member(need.who))}"
+                f"    # {need.who}\n"
                 for need in access.TABLE
                 if need.feature == "image"
             )
@@ -133,6 +134,10 @@ def build_image(
     finally:
         storage.delete(f"gs://{bucket}/{source}")
     return image
+
+
+def _member(who: str) -> str:
+    return "user:YOU" if who == access.YOU else "serviceAccount:ACCOUNT"
 
 
 def python_here() -> str:

@@ -231,24 +231,27 @@ def make_bucket_command(name: str, project: str, location: str) -> str:
     )
 
 
-def advice(message: str, project: str, *wanted: str, who: str = YOU) -> str:
-    """What to do about a permission that is denied: one sentence with the role that grants it.
+def advice(message: str, project: str, *wanted: str) -> str:
+    """What to do about a call that is denied: one sentence with the role that grants it, or with what else
+    stands in the way, as an API that is off.
 
     Args:
         message: the service's, which often names the permission.
         project: the project's id.
         wanted: the permissions that the call needs, for a message that names none, as Pub/Sub's.
-        who: whose call it was.
     """
+    if "SERVICE_DISABLED" in message or "has not been used in project" in message:
+        found = re.search(r"([a-z]+\.googleapis\.com)", message)
+        return f"the API is off: {enable_command(project, [found[1]] if found else apis('series'))}"
+    if "billing" in message.lower():
+        return f"billing is off for {project}: https://console.cloud.google.com/billing/projects"
     known = {name for need in TABLE for name in need.permissions}
     named = [name for name in _PERMISSION.findall(message) if name in known] or list(wanted)
-    account = "the account in use" if who == YOU else who
-    if not (roles := roles_for(named, who)):
-        return f"{account} may not do this in {project}: ask its owner for the role that the message names."
-    member = "user:YOU" if who == YOU else "serviceAccount:ACCOUNT"
+    if not (roles := roles_for(named)):
+        return f"the account in use may not do this in {project}: ask its owner for the role."
     return (
-        f"{account} lacks {', '.join(named)}, which {roles[0]} grants: "
-        f"{grant_command(project, roles[0], member)}"
+        f"the account in use lacks {', '.join(named)}, which {roles[0]} grants: "
+        f"{grant_command(project, roles[0])}"
     )
 
 

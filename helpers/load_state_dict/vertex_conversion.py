@@ -26,8 +26,9 @@ from helpers.sizing.services import check_vertex_training
 from helpers.sizing.sizes import MINIMUM_CONVERT_DISK_GB, size_model
 from helpers.sizing.this_machine import machine_memory_bytes
 
-# Docker Hub's image of Python, from Google's mirror of it: Docker Hub itself limits anonymous pulls by address,
-# which many projects share. https://cloud.google.com/artifact-registry/docs/pull-cached-dockerhub-images
+# Docker Hub's image of Python, from Google's mirror of it: Docker Hub itself limits anonymous pulls by
+# address, which many projects share.
+# https://cloud.google.com/artifact-registry/docs/pull-cached-dockerhub-images
 IMAGE = "mirror.gcr.io/library/python:3.12-slim"
 
 TIMEOUT_MINUTES = 240
@@ -207,20 +208,20 @@ def _check_not_gated(model_name: str) -> None:
     environment could be read by all who may see the job.
 
     Raises:
-        ValueError: the model is gated.
+        ValueError: the model is gated or private.
     """
     import huggingface_hub
 
     if Path(model_name).expanduser().is_dir() or not huggingface_hub.get_token():
         return
     try:
-        gated = huggingface_hub.HfApi().model_info(model_name, timeout=10).gated
+        found = huggingface_hub.HfApi().model_info(model_name, timeout=10)
     except Exception:  # no hub name, or no hub to ask: the job's log will tell
         return
-    if gated:
+    if found.gated or found.private:
         raise ValueError(
-            f"{model_name} is gated, and a Vertex AI job has no token of yours: download it here, and give "
-            "its folder, which is uploaded for the job; or convert it here, with `local`."
+            f"{model_name} is gated or private, and a Vertex AI job has no token of yours: download "
+            "it here, and give its folder, which is uploaded for the job; or convert it here, with `local`."
         )
 
 

@@ -44,7 +44,7 @@ class ChatTemplate:
 
     One process renders all templates of this one. It is started when the first of them is made, so that it is
     ready when the first prompt comes, and anew when a template had to be stopped. Several threads may use it:
-    they take turns.
+    they take turns, also those of different models.
 
     Args:
         tokenizer: one that has a chat template.
@@ -80,7 +80,6 @@ class ChatTemplate:
 
 class _Process:
     def __init__(self) -> None:
-        self.owner = os.getpid()  # a fork of this process must have one of its own
         # Not -m: a worker need not have this package in its path. The path of modules is this process's.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("template_process.py"))],
@@ -99,13 +98,17 @@ class _Process:
 
     def ask(self, request: dict) -> dict:
         """The process's answer, or the reason why there is none; then the process is ended."""
-        if not self._is_ready:
-            answer = self._answer(START_SECONDS)
-            if "error" in answer:
-                return answer
-            self._is_ready = True
-        self._send(request)
-        return self._answer(SECONDS)
+        try:
+            if not self._is_ready:
+                answer = self._answer(START_SECONDS)
+                if "error" in answer:
+                    return answer
+                self._is_ready = True
+            self._send(request)
+            return self._answer(SECONDS)
+        except BaseException:  # an interrupt: its answer would be taken for the next one's
+            self._end()
+            raise
 
     def _answer(self, seconds: float) -> dict:
         try:
@@ -129,12 +132,26 @@ class _Process:
 
 _lock = threading.Lock()
 _shared: _Process | None = None
+_of_parents: list[_Process] = []  # kept, because a fork must not end or close what is its parent's
+
+
+def _after_fork() -> None:
+    global _lock, _shared
+    _lock = threading.Lock()
+    if _shared is not None:
+        _shared._end.detach()
+        _of_parents.append(_shared)
+        _shared = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _running() -> _Process:
     """The process that renders; for a caller who holds the lock."""
     global _shared
-    if _shared is None or _shared.owner != os.getpid() or not _shared.is_alive():
+    if _shared is None or not _shared.is_alive():
         _shared = _Process()
     return _shared
 

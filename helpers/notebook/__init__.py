@@ -9,6 +9,7 @@ __all__, __getattr__ = public(
         "environment": ["prepare"],
         "interaction": [
             "at_least",
+            "check_types",
             "job_options",
             "progress",
             "prompt_box",

@@ -11,11 +11,13 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers import local_cloud
 from helpers.files import access
 from helpers.files.buckets import make_bucket
 from helpers.files.cache import cache_folder
+from helpers.notebook.interaction import check_types
 
 _local: local_cloud.Child | None = None
 _google_project = ""
@@ -73,6 +75,8 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
     """
     global _google_project
     _check(project, location, bucket)
+    if shell := _shell():
+        check_types(shell.user_ns)
     quiet()
     is_local = not project
     if is_local and _google_project:
@@ -116,10 +120,15 @@ def _check(project: str, location: str, bucket: str) -> None:
         )
 
 
+def _shell() -> Any:
+    """The kernel's interactive shell; None outside a notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+
 def _explain_denied_calls(project: str) -> None:
     """Has the kernel show the missing role in place of a client's traceback."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
+    shell = _shell()
     if shell is None:
         return
     from google.api_core.exceptions import Forbidden
@@ -190,6 +199,8 @@ def _create_bucket(connection: Connection) -> None:
         ) from error
     except exceptions.Forbidden as error:
         todo = access.advice(error.message, connection.project, "storage.buckets.create")
+        if "storage.buckets.get" in error.message:
+            todo += ", unless the bucket is someone else's: then set the parameter bucket to another name"
         raise ConnectionFailed(
             f"The bucket {connection.bucket!r} of project {connection.project!r} cannot be used: {todo}. "
             f"({error.message})"

@@ -8,9 +8,38 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from tqdm.auto import tqdm
+
+_KINDS = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text in quotes"),
+    list: ((list,), "a list"),
+}
+
+
+def check_types(namespace: Mapping[str, object]) -> None:
+    """Checks a notebook's parameters against their annotations: papermill's `-p overwrite false` gives a text,
+    and a text that is not empty counts as true.
+
+    Args:
+        namespace: the kernel's variables; those without an annotation are left alone.
+
+    Raises:
+        ValueError: one has another type.
+    """
+    for name, kind in dict(namespace.get("__annotations__") or {}).items():
+        if kind not in _KINDS or name not in namespace:
+            continue
+        value, (kinds, text) = namespace[name], _KINDS[kind]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            how = f"-p {name} True or -p {name} False" if kind is bool else f"-y '{{{name}: VALUE}}'"
+            if kind is str:
+                how = f"-r {name} {value}"
+            raise ValueError(f"{name} = {value!r}: it must be {text}. (On papermill's command line: {how}.)")
 
 
 def at_least(least: float, **parameters: object) -> None:

@@ -53,7 +53,12 @@ def build(
             error in it is retried for ever, as any in a streaming job.
         after: one between asking and writing the responses.
         {options}
+
+    Raises:
+        CommandLineError: responses or dead letters would go to `messages_topic`.
     """
+    if messages_topic in (responses_topic, dead_letter_topic):
+        raise CommandLineError(f"the pipeline would read what it publishes to {messages_topic}, for ever")
     source = beam.io.ReadFromPubSub(
         topic=messages_topic, subscription=messages_subscription, with_attributes=True
     )
@@ -101,6 +106,10 @@ def launch(beam_options: PipelineOptions, arguments: dict[str, Any], **job: Any)
             "The helpers are not installed, so that no job can be submitted: run `pip install --no-deps "
             "-e .` in the repository's folder."
         )
+    from helpers.pipeline.destinations import check_destinations
+
+    named = ("responses_topic", "messages_topic", "messages_subscription", "dead_letter_topic")
+    check_destinations(**{name: arguments.get(name) for name in named})
     # A worker without a manifest, or with another model's, would fail, start, and fail again.
     read_manifest(arguments["state_dict_path"]).check_model(
         arguments["state_dict_path"], arguments["model_name"]

@@ -87,9 +87,8 @@ def check_dataflow_worker(name: str, *, has_own_image: bool = False) -> None:
     check_machine_type(name)
     if name.split("-")[0] in ARM_FAMILIES and not has_own_image:
         raise MachineTypeError(
-            f"{name} has an Arm processor, for which neither Beam's image for x86 nor the one that "
-            "`python -m helpers.dataflow image build` makes will do: choose n4, c3, c4 or n2, or give an "
-            "image for Arm."
+            f"{name} has an Arm processor, and the images of Beam and of `python -m helpers.dataflow image "
+            "build` are for x86: choose n4, c3, c4 or n2, or give an image for Arm."
         )
     if name in NEVER_ON_DEMAND:
         raise MachineTypeError(

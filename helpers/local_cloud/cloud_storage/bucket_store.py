@@ -34,7 +34,7 @@ ACCESS_PREVENTIONS = (None, "inherited", "unspecified", "enforced")
 READ_ONLY = ("kind", "id", "name", "selfLink", "projectNumber", "locationType", "metageneration", "etag")
 READ_ONLY += ("timeCreated", "updated")
 # The types of what a client may set; every other is an object.
-TEXTS, LISTS = ("name", "location", "storageClass", "rpo"), ("cors", "acl", "defaultObjectAcl")
+TEXTS = ("name", "location", "storageClass")
 
 
 class BucketStore:
@@ -166,10 +166,10 @@ def _defaults(bucket: str, created: str) -> dict:
         "timeCreated": created,
         "updated": created,
         "iamConfiguration": {
-            "uniformBucketLevelAccess": {"enabled": True},
+            "uniformBucketLevelAccess": {"enabled": False},
             "publicAccessPrevention": "inherited",
         },
-        "softDeletePolicy": {"retentionDurationSeconds": "0"},
+        "softDeletePolicy": {"retentionDurationSeconds": "604800"},
     }
 
 
@@ -177,7 +177,7 @@ def _check_types(fields: dict) -> None:
     for name, value in fields.items():
         if name in READ_ONLY or value is None or isinstance(value, bool):
             continue
-        wanted = str if name in TEXTS else list if name in LISTS else dict
+        wanted = str if name in TEXTS else dict
         is_wrong = not isinstance(value, wanted)
         if is_wrong or (name == "labels" and not all(isinstance(label, str) for label in value.values())):
             raise HttpError(400, f"Invalid value for {name}: {str(value)[:100]!r}.", "invalid")

@@ -1,4 +1,4 @@
-"""An object's bytes, whole or a range, as both the JSON API and the XML API send them."""
+"""An object's bytes, whole or a range."""
 
 import re
 

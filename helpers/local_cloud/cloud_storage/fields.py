@@ -71,7 +71,7 @@ BODIES = {
 }
 
 # Of the headers that mean something to Cloud Storage.
-_HEADER_PREFIXES = ("x-goog-", "x-amz-")
+_HEADER_PREFIXES = ("x-goog-",)
 HEADERS = fields(
     "x-goog-hash",
     "x-goog-api-client x-goog-user-project x-goog-request-params x-goog-gcs-idempotency-token x-goog-date "

@@ -1,7 +1,7 @@
 """What becomes of each field of a request: honoured, without effect, or refused by name.
 
 A field that is accepted and then forgotten is the worst that an imitation can do. So each call has a table of
-the fields that it honours and of those that have no effect here (the page says which and why); a request that
+the fields that it honours and of those that have no effect here (each table says why); a request that
 sets any other field is refused with the field's name.
 """
 

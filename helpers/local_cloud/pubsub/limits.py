@@ -1,4 +1,4 @@
-"""What Pub/Sub accepts: names, sizes, the fields that may change, and what the local cloud does not imitate.
+"""The names and sizes that Pub/Sub accepts.
 
 Every check raises the RpcError that its caller should see.
 """

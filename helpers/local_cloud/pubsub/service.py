@@ -187,6 +187,10 @@ class PubSub:
             )
         finally:
             self._waiting.release()
+        if subscription.closed:
+            raise not_found(f"Resource not found (resource={request.subscription}).")
+        if taken and not context.is_active():  # the client has just given up: nobody will acknowledge them
+            subscription.modify_deadline([ack_id for ack_id, _ in taken], [0] * len(taken))
         return _message_class("PullResponse")(received_messages=_received(taken))
 
     def Acknowledge(self, request: Any, context: grpc.ServicerContext) -> Any:

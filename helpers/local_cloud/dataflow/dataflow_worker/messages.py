@@ -91,7 +91,7 @@ class Intake:
         subscription = self._subscriptions[source]
         try:
             received = self._client.pull(
-                subscription=subscription, max_messages=max_messages, timeout=PULL_SECONDS, retry=None
+                subscription=subscription, max_messages=max_messages, timeout=PULL_SECONDS
             ).received_messages
         except exceptions.DeadlineExceeded:  # as Pub/Sub answers where nothing came
             received = []
