@@ -177,7 +177,7 @@ def test_each_option_reaches_a_job_from_python_and_from_the_command_line_alike(n
     (from_python, options), (from_command_line, same_options) = submitted
     assert from_python[name] == value
     assert {key: item for key, item in from_python.items() if item is not None} == from_command_line
-    for varying in ("extra_packages", "labels"):
+    for varying in ("extra_packages", "labels", "requirements_file"):
         options.pop(varying), same_options.pop(varying)
     assert options == same_options
 

@@ -21,7 +21,7 @@ FLOW = (
     "dataflow",
     "measuring",
 )
-BESIDE = {"pubsub": set(), "notebook": {"local_cloud", *FLOW}, "plots": set(FLOW), "local_cloud": set()}
+BESIDE = {"pubsub": {"files"}, "notebook": {"local_cloud", *FLOW}, "plots": set(FLOW), "local_cloud": set()}
 
 
 def imports(path: Path, root: Path) -> Iterator[str]:

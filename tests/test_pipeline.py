@@ -346,7 +346,7 @@ def test_a_state_dict_that_is_not_there_is_told_on_every_runner():
 def test_a_stream_that_would_read_what_it_publishes_is_refused(cloud):
     """One message made 60 of itself in twelve seconds, for ever, and paid for."""
     from helpers import pubsub
-    from helpers.pipeline.destinations import check_destinations
+    from helpers.pipeline.stream import check_destinations
 
     topic = pubsub.create_topic(cloud.project, "circle")
     subscription = pubsub.create_subscription(topic, "circle")

@@ -40,9 +40,8 @@ from helpers.model_handler import AnsweringOptions
 from helpers.model_handler.options import answering_options, takes_options
 from helpers.model_handler.prompt_check import check_around_prompts
 from helpers.models import ModelError
-from helpers.pipeline import CommandLineError
 from helpers.pipeline.command_line import parse, parser
-from helpers.pipeline.destinations import check_destinations
+from helpers.pipeline.stream import CommandLineError, check_destinations
 from helpers.sizing import MachineTypeError, SizingError, machine_types
 from helpers.sizing.services import check_dataflow_worker, needs_reservation
 from helpers.sizing.sizes import SERVICE_BYTES

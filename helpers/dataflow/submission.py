@@ -14,8 +14,7 @@ from helpers.dataflow.job import Job
 from helpers.dataflow.job_list import check_name
 from helpers.model_handler.options import NAMES, answering_options
 from helpers.model_handler.prompt_check import check_around_prompts
-from helpers.pipeline.destinations import check_destinations
-from helpers.pipeline.stream import CommandLineError, start
+from helpers.pipeline.stream import CommandLineError, check_destinations, start
 
 log = logging.getLogger(__name__)
 

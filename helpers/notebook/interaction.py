@@ -22,7 +22,7 @@ _KINDS = {
 
 
 def check_types(namespace: Mapping[str, object]) -> None:
-    """Checks a notebook's parameters against their annotations: papermill's `-p overwrite false` gives a text,
+    """Checks a notebook's parameters against their annotations: papermill's `-p overwrite false` is a text,
     and a text that is not empty counts as true.
 
     Args:

@@ -57,7 +57,7 @@ def build(
     Raises:
         CommandLineError: responses or dead letters would go to `messages_topic`.
     """
-    if messages_topic in (responses_topic, dead_letter_topic):
+    if messages_topic and messages_topic in (responses_topic, dead_letter_topic):
         raise CommandLineError(f"the pipeline would read what it publishes to {messages_topic}, for ever")
     source = beam.io.ReadFromPubSub(
         topic=messages_topic, subscription=messages_subscription, with_attributes=True
@@ -71,6 +71,48 @@ def build(
     responses | "Write responses" >> beam.io.WriteToPubSub(responses_topic, with_attributes=True)
     if dead_letter_topic:
         dead_letters | "Write dead letters" >> beam.io.WriteToPubSub(dead_letter_topic, with_attributes=True)
+
+
+def check_destinations(
+    *,
+    responses_topic: str,
+    messages_topic: str | None = None,
+    messages_subscription: str | None = None,
+    dead_letter_topic: str | None = None,
+) -> None:
+    """Refuses a job that would read what it publishes: each message would be answered for ever, and paid for.
+
+    The topic of a subscription is looked up; where it cannot be, because the account may not or there is no
+    such subscription, this says nothing.
+
+    Raises:
+        CommandLineError: responses or dead letters go to the topic that is read, or both go to the same.
+    """
+    source = messages_topic or _topic_of(messages_subscription or "")
+    for name, topic in (("responses", responses_topic), ("dead letters", dead_letter_topic)):
+        if topic and topic == source:
+            raise CommandLineError(
+                f"{name} would go to {topic}, which the job reads: each would be asked again, for ever. Give "
+                "them a topic of their own."
+            )
+    if dead_letter_topic and dead_letter_topic == responses_topic:
+        raise CommandLineError(
+            f"responses and dead letters would both go to {responses_topic}: give each a topic of its own."
+        )
+
+
+def _topic_of(subscription: str) -> str:
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud import pubsub_v1
+
+    if not subscription:
+        return ""
+    try:
+        with pubsub_v1.SubscriberClient() as client:
+            return client.get_subscription(subscription=subscription, timeout=20, retry=None).topic
+    except (GoogleAPICallError, GoogleAuthError):
+        return ""
 
 
 def start(beam_options: PipelineOptions, arguments: dict[str, Any]) -> PipelineResult:
@@ -106,8 +148,6 @@ def launch(beam_options: PipelineOptions, arguments: dict[str, Any], **job: Any)
             "The helpers are not installed, so that no job can be submitted: run `pip install --no-deps "
             "-e .` in the repository's folder."
         )
-    from helpers.pipeline.destinations import check_destinations
-
     named = ("responses_topic", "messages_topic", "messages_subscription", "dead_letter_topic")
     check_destinations(**{name: arguments.get(name) for name in named})
     # A worker without a manifest, or with another model's, would fail, start, and fail again.
