@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound
 from google.auth.exceptions import GoogleAuthError
 
 from helpers.files import access, storage
-
-if TYPE_CHECKING:
-    from google.auth.transport.requests import AuthorizedSession
 
 OK, MISS, SKIPPED = "ok", "miss", "skipped"
 # What a job cannot do without; the notebooks need more (`helpers.files.access`).
@@ -55,7 +51,7 @@ def check_apis(project: str) -> Iterator[Finding]:
     try:
         from requests import RequestException
 
-        answer = session_of(project).get(
+        answer = access.session_of(project).get(
             f"https://serviceusage.googleapis.com/v1/projects/{project}/services:batchGet",
             params={"names": [f"projects/{project}/services/{api}" for api in APIS]},
             timeout=CALL_SECONDS,
@@ -102,22 +98,6 @@ def check_permissions(project: str) -> Iterator[Finding]:
         yield Finding(subject)
 
 
-def session_of(project: str) -> AuthorizedSession:
-    """A session for services that have no client here, whose calls are the project's own.
-
-    Raises:
-        google.auth.exceptions.GoogleAuthError: there are no credentials.
-    """
-    import google.auth
-    from google.auth.transport.requests import AuthorizedSession
-
-    # Credentials of a person belong to no project, and several services refuse calls that none is named for.
-    credentials, _ = google.auth.default(
-        scopes=["https://www.googleapis.com/auth/cloud-platform"], quota_project_id=project
-    )
-    return AuthorizedSession(credentials)
-
-
 def check_compute(
     project: str, location: str, machine_type: str, gpu: str, has_network: bool
 ) -> Iterator[Finding]:
@@ -135,7 +115,7 @@ def check_compute(
     try:
         from requests import RequestException
 
-        session = session_of(project)
+        session = access.session_of(project)
 
         def ask(path: str, **parameters: str) -> dict | None:
             answer = session.get(f"{root}/{path}", params=parameters, timeout=CALL_SECONDS)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from google.api_core import exceptions
 from google.api_core.exceptions import FailedPrecondition
-from google.api_core.retry import Retry
+from google.api_core.retry import Retry, if_exception_type
 from google.cloud import dataflow_v1beta3 as dataflow
 from google.protobuf.field_mask_pb2 import FieldMask
 
@@ -20,24 +20,20 @@ from helpers.dataflow.job_status import Status, backlog
 
 Client = TypeVar("Client")
 
-
-def if_transient(error: BaseException) -> bool:
-    """Whether an error of a service passes by itself."""
-    return isinstance(
-        error,
-        exceptions.ServiceUnavailable
-        | exceptions.InternalServerError
-        | exceptions.DeadlineExceeded
-        | exceptions.TooManyRequests
-        | exceptions.Aborted,
-    )
-
-
 POLL_SECONDS = 1.0
 ASK_AGAIN_SECONDS = 15.0
 """The longest time between two requests to drain a job that Dataflow does not let drain yet."""
 
-RETRY = Retry(predicate=if_transient, timeout=300)
+RETRY = Retry(
+    predicate=if_exception_type(
+        exceptions.ServiceUnavailable,
+        exceptions.InternalServerError,
+        exceptions.DeadlineExceeded,
+        exceptions.TooManyRequests,
+        exceptions.Aborted,
+    ),
+    timeout=300,
+)
 """For questions, which change nothing: a service that is unavailable for some minutes ends no wait."""
 
 DERIVED = {"MIN", "MAX", "MEAN", "COUNT"}
@@ -45,7 +41,6 @@ DERIVED = {"MIN", "MAX", "MEAN", "COUNT"}
 
 TERMINAL = {"DONE", "FAILED", "CANCELLED", "DRAINED", "UPDATED"}
 UNDER_WAY = {"DRAINED": {"DRAINING", "CANCELLING"}, "CANCELLED": {"CANCELLING"}}
-
 
 Importance = dataflow.JobMessageImportance
 
@@ -304,7 +299,7 @@ class Job:
         refusal, ask_at, pause = "", -math.inf, POLL_SECONDS
         if (now := self.state()) in TERMINAL:
             return now
-        while (now := self.state()) not in TERMINAL:
+        while now not in TERMINAL:
             moment = time.monotonic()
             wanted = "CANCELLED" if now in ("PENDING", "QUEUED") else state
             if now not in UNDER_WAY[wanted] and moment >= ask_at:
@@ -320,6 +315,7 @@ class Job:
                     f"costs money: look at {self.url}, drain it again, or cancel it."
                 )
             time.sleep(min(POLL_SECONDS, max(0.0, deadline - moment)))
+            now = self.state()
         if now == "UPDATED" and (successor := self.successor()):  # its update went on while it was asked
             return successor.stop(state, max(0.0, deadline - time.monotonic()))
         if now == "FAILED":

@@ -22,7 +22,6 @@ from google.auth.exceptions import GoogleAuthError
 from helpers.dataflow import job_options, worker_image
 from helpers.dataflow.cloud_checks import (
     MISS,
-    OK,
     SKIPPED,
     Finding,
     check_apis,
@@ -104,8 +103,9 @@ def preflight(
     manifest_findings, manifest = _state_dict(state_dict_path, model_name)
     findings += manifest_findings
     if manifest:
-        findings += _machine(state_dict_path, manifest, machine_type, answering, bool(image))
-        if chosen := machine_type or _chosen(findings):
+        sized, chosen = _machine(state_dict_path, manifest, machine_type, answering, bool(image))
+        findings += sized
+        if chosen:
             gpu = getattr(machine_types.CATALOGUE.get(chosen), "gpu", "")
             findings += check_compute(project, location, chosen, gpu, bool(network))
         findings += _prompts(state_dict_path, answering)
@@ -162,34 +162,49 @@ def _state_dict(path: str, model_name: str) -> tuple[list[Finding], Manifest | N
 
 def _machine(
     path: str, manifest: Manifest, machine_type: str | None, answering: AnsweringOptions, has_image: bool
-) -> Iterator[Finding]:
+) -> tuple[list[Finding], str]:
+    """The findings, and the machine type: the job's own, or the one that sizing chooses, if there is one."""
+    if machine_type:
+        return list(_given_machine(path, manifest, machine_type, answering, has_image)), machine_type
     wants_gpu = job_options.wants_gpu(answering.device)
     settings = answering.workload() | job_options.computing(answering)
-    machine = machine_types.CATALOGUE.get(machine_type or "")
-    if machine_type:
-        try:
-            check_dataflow_worker(machine_type, has_own_image=has_image)
-        except MachineTypeError as error:
-            yield Finding(f"machine {machine_type}", MISS, str(error), "leave it out, or name another")
-            return
-    if machine_type and needs_reservation(machine_type):
-        yield Finding(f"reservation of {machine_type}", SKIPPED, "without one, it hardly ever starts")
-    if machine_type and machine is None:
-        detail = "it is not in this project's catalogue, so it is not known whether the model fits"
-        yield Finding(f"machine {machine_type}", SKIPPED, detail)
-        return
-    subject = f"machine {machine_type or '(from sizing)'}"
     try:
-        if machine is None:
-            sizing = job_options.size_for_serving(path, manifest, on_gpu=wants_gpu, **settings)
-            machine = sizing.serve.machine
-            yield Finding(f"machine {machine.name}", detail="the smallest that holds the model")
-            return
+        sizing = job_options.size_for_serving(path, manifest, on_gpu=wants_gpu, **settings)
+    except (MachineTypeError, ModelError, SizingError, OSError, ValueError) as error:
+        return [_not_sized("(from sizing)", error)], ""
+    name = sizing.serve.machine.name
+    return [Finding(f"machine {name}", detail="the smallest that holds the model")], name
+
+
+def _not_sized(name: str, error: Exception) -> Finding:
+    return Finding(
+        f"machine {name}", MISS, str(error), "choose a smaller model, or another family of machines"
+    )
+
+
+def _given_machine(
+    path: str, manifest: Manifest, machine_type: str, answering: AnsweringOptions, has_image: bool
+) -> Iterator[Finding]:
+    subject = f"machine {machine_type}"
+    try:
+        check_dataflow_worker(machine_type, has_own_image=has_image)
+    except MachineTypeError as error:
+        yield Finding(subject, MISS, str(error), "leave it out, or name another")
+        return
+    if needs_reservation(machine_type):
+        yield Finding(f"reservation of {machine_type}", SKIPPED, "without one, it hardly ever starts")
+    machine = machine_types.CATALOGUE.get(machine_type)
+    if machine is None:
+        detail = "it is not in this project's catalogue, so it is not known whether the model fits"
+        yield Finding(subject, SKIPPED, detail)
+        return
+    settings = answering.workload() | job_options.computing(answering)
+    try:
         sizing = job_options.size_for_serving(path, manifest, family=machine.family, **settings)
     except (MachineTypeError, ModelError, SizingError, OSError, ValueError) as error:
-        yield Finding(subject, MISS, str(error), "choose a smaller model, or another family of machines")
+        yield _not_sized(machine_type, error)
         return
-    if wants_gpu and not machine.gpu:
+    if job_options.wants_gpu(answering.device) and not machine.gpu:
         yield Finding(
             subject, MISS, "it has no GPU", "leave the machine type out, or name one of g2, a2 or a3"
         )
@@ -207,12 +222,6 @@ def _machine(
         )
     else:
         yield Finding(subject, detail=f"{needed / 1e9:.1f} of {usable / 1e9:.1f} GB")
-
-
-def _chosen(findings: Iterable[Finding]) -> str:
-    """The machine that sizing has chosen, as its finding names it."""
-    found = [one.subject for one in findings if one.subject.startswith("machine ") and one.result == OK]
-    return found[-1].removeprefix("machine ") if found else ""
 
 
 def _prompts(path: str, answering: AnsweringOptions) -> Iterator[Finding]:

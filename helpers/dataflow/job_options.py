@@ -27,6 +27,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from helpers.dataflow.job_guard import CANCEL_AFTER_DRAINING_SECONDS, DRAIN_LABEL
+from helpers.dataflow.worker_image import WORKER
 from helpers.files.labels import SERIES, check_label, label_value
 from helpers.files.package import build_wheel
 from helpers.load_state_dict import Manifest, read_companion, read_manifest
@@ -46,7 +47,6 @@ HARNESS_THREADS = 4
 MINIMUM_WORKER_DISK_GB = 30
 WORKER_DISK_STEP_GB = 10
 ACCELERATOR = "worker_accelerator"
-REQUIREMENTS = Path(__file__).with_name("worker") / "requirements.txt"
 
 # Allowances for what a worker without an image downloads and unpacks, and for a GPU's driver. Google's own
 # examples give workers with a GPU 50 GB.
@@ -172,15 +172,14 @@ def stage_helpers(
     setup.extra_packages = [*(setup.extra_packages or []), str(build_wheel(folder, extras))]
     if setup.requirements_file or options.view_as(WorkerOptions).sdk_container_image:
         return
-    on_gpu = wants_gpu(answering.device) or _has_gpu(options.view_as(WorkerOptions).machine_type or "")
-    if on_gpu and torch_index_url.rstrip("/").endswith("/cpu"):
+    if _on_gpu(options, answering) and torch_index_url.rstrip("/").endswith("/cpu"):
         raise OptionError(
             f"torch from {torch_index_url} computes on no GPU: leave torch_index_url out, or name an "
             "index of torch with CUDA."
         )
     index = [f"--extra-index-url {torch_index_url}"] if torch_index_url else []
     path = Path(folder) / "requirements.txt"
-    path.write_text("\n".join([*index, REQUIREMENTS.read_text()]))
+    path.write_text("\n".join([*index, (WORKER / "requirements.txt").read_text()]))
     setup.requirements_file = str(path)
     # Beam would download every package here first, for the workers; it does not understand an index's line.
     setup.requirements_cache = "skip"
@@ -192,13 +191,16 @@ def may_use_ctranslate2(options: PipelineOptions, answering: AnsweringOptions) -
     if it is in their image."""
     machine_type = options.view_as(WorkerOptions).machine_type or ""
     computes_in_bfloat16 = machine_type.partition("-")[0] in machine_types.BFLOAT16_FAMILIES
-    on_gpu = wants_gpu(answering.device) or _has_gpu(machine_type)
-    is_open = answering.engine in (None, "auto") and not on_gpu
+    is_open = answering.engine in (None, "auto") and not _on_gpu(options, answering)
     return (
         answering.engine == ENGINE
         or answering.dtype == "int8"
         or (is_open and (answering.dtype == "float32" or not computes_in_bfloat16))
     )
+
+
+def _on_gpu(options: PipelineOptions, answering: AnsweringOptions) -> bool:
+    return wants_gpu(answering.device) or _has_gpu(options.view_as(WorkerOptions).machine_type or "")
 
 
 def size_for_serving(

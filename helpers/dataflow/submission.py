@@ -58,8 +58,7 @@ def submit(
     if answering.get("torch_threads") is None and (threads := job_options.torch_threads(beam_options)):
         answering["torch_threads"] = threads
     options = answering_options(answering)
-    named = ("responses_topic", "messages_topic", "messages_subscription", "dead_letter_topic")
-    check_destinations(**{name: arguments.get(name) for name in named})
+    check_destinations(**arguments)
     with tempfile.TemporaryDirectory() as folder:
         job_options.set_defaults(
             beam_options,

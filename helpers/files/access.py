@@ -13,6 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from google.auth.transport.requests import AuthorizedSession
 
 YOU, WORKERS, BUILD = "you", "the workers' account", "Cloud Build's account"
 
@@ -211,6 +215,22 @@ def roles_for(missing: Iterable[str], who: str = YOU) -> list[str]:
     """The roles of the table that grant permissions, as `roles/NAME`."""
     wanted = set(missing)
     return [f"roles/{need.role}" for need in TABLE if need.who == who and wanted & set(need.permissions)]
+
+
+def session_of(project: str) -> AuthorizedSession:
+    """A session for services that have no client here, whose calls are the project's own.
+
+    Raises:
+        google.auth.exceptions.GoogleAuthError: there are no credentials.
+    """
+    import google.auth
+    from google.auth.transport.requests import AuthorizedSession
+
+    # Credentials of a person belong to no project, and several services refuse calls that none is named for.
+    credentials, _ = google.auth.default(
+        scopes=["https://www.googleapis.com/auth/cloud-platform"], quota_project_id=project
+    )
+    return AuthorizedSession(credentials)
 
 
 def enable_command(project: str, names: Iterable[str]) -> str:

@@ -22,16 +22,17 @@ def make_bucket(client: Client, name: str, location: str) -> Bucket:
     """
     from google.api_core.exceptions import PreconditionFailed
 
-    bucket = client.bucket(name)
-    bucket.iam_configuration.uniform_bucket_level_access_enabled = True
-    bucket.iam_configuration.public_access_prevention = "enforced"
+    def closed() -> Bucket:
+        bucket = client.bucket(name)
+        bucket.iam_configuration.uniform_bucket_level_access_enabled = True
+        bucket.iam_configuration.public_access_prevention = "enforced"
+        return bucket
+
+    bucket = closed()
     bucket.soft_delete_policy.retention_duration_seconds = 0
     try:
         return client.create_bucket(bucket, location=location)
     except PreconditionFailed as error:
         if SOFT_DELETE not in str(error):
             raise
-    allowed = client.bucket(name)
-    allowed.iam_configuration.uniform_bucket_level_access_enabled = True
-    allowed.iam_configuration.public_access_prevention = "enforced"
-    return client.create_bucket(allowed, location=location)
+    return client.create_bucket(closed(), location=location)

@@ -161,9 +161,7 @@ def _why_failed(job: "CustomJob", job_id: str, project: str, state: str) -> str:
 
 def _end_of_log(job_id: str, project: str) -> list[str]:
     """The last lines of a job's log, from Cloud Logging; none if they cannot be read."""
-    import google.auth
     from google.auth.exceptions import GoogleAuthError
-    from google.auth.transport.requests import AuthorizedSession
     from requests import RequestException
 
     query = {
@@ -173,11 +171,7 @@ def _end_of_log(job_id: str, project: str) -> list[str]:
         "pageSize": LOG_LINES,
     }
     try:
-        # Credentials of a person belong to no project, and Cloud Logging refuses calls without one.
-        credentials, _ = google.auth.default(
-            scopes=["https://www.googleapis.com/auth/logging.read"], quota_project_id=project
-        )
-        session = AuthorizedSession(credentials)
+        session = access.session_of(project)
         answer = session.post("https://logging.googleapis.com/v2/entries:list", json=query, timeout=30)
         entries = answer.json().get("entries", []) if answer.ok else []
     except (GoogleAuthError, RequestException, ValueError):

@@ -24,17 +24,17 @@ def kind_of_cpu() -> str:
 
 def vendor() -> str:
     """The maker's name as the processor gives it, such as GenuineIntel; empty where the system hides it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
-    except (OSError, StopIteration):
-        return ""
+    return _first_of_cpuinfo("vendor_id")
 
 
 def cpu_name() -> str:
     """As the system has it."""
+    return _first_of_cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _first_of_cpuinfo(field: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith(field))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return ""

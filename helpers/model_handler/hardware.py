@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import sys
 
 import torch
 
@@ -21,10 +24,6 @@ def describe_machine() -> str:
     A first job on real workers tells by it what no page does: whether N4 machines have AMX, how much memory
     Dataflow's own processes leave, and how much of the disk is taken.
     """
-    import os
-    import shutil
-    import sys
-
     import transformers
 
     has = torch.cpu.get_capabilities()

@@ -57,8 +57,7 @@ def build(
     Raises:
         CommandLineError: responses or dead letters would go to `messages_topic`.
     """
-    if messages_topic and messages_topic in (responses_topic, dead_letter_topic):
-        raise CommandLineError(f"the pipeline would read what it publishes to {messages_topic}, for ever")
+    _check_not_read(messages_topic or "", responses_topic, dead_letter_topic)
     source = beam.io.ReadFromPubSub(
         topic=messages_topic, subscription=messages_subscription, with_attributes=True
     )
@@ -79,26 +78,31 @@ def check_destinations(
     messages_topic: str | None = None,
     messages_subscription: str | None = None,
     dead_letter_topic: str | None = None,
+    **_: Any,
 ) -> None:
     """Refuses a job that would read what it publishes: each message would be answered for ever, and paid for.
 
     The topic of a subscription is looked up; where it cannot be, because the account may not or there is no
-    such subscription, this says nothing.
+    such subscription, this says nothing. It takes the arguments of `build`, and ignores the others of them.
 
     Raises:
         CommandLineError: responses or dead letters go to the topic that is read, or both go to the same.
     """
     source = messages_topic or _topic_of(messages_subscription or "")
+    _check_not_read(source, responses_topic, dead_letter_topic)
+    if dead_letter_topic and dead_letter_topic == responses_topic:
+        raise CommandLineError(
+            f"responses and dead letters would both go to {responses_topic}: give each a topic of its own."
+        )
+
+
+def _check_not_read(source: str, responses_topic: str, dead_letter_topic: str | None) -> None:
     for name, topic in (("responses", responses_topic), ("dead letters", dead_letter_topic)):
         if topic and topic == source:
             raise CommandLineError(
                 f"{name} would go to {topic}, which the job reads: each would be asked again, for ever. Give "
                 "them a topic of their own."
             )
-    if dead_letter_topic and dead_letter_topic == responses_topic:
-        raise CommandLineError(
-            f"responses and dead letters would both go to {responses_topic}: give each a topic of its own."
-        )
 
 
 def _topic_of(subscription: str) -> str:
@@ -148,8 +152,7 @@ def launch(beam_options: PipelineOptions, arguments: dict[str, Any], **job: Any)
             "The helpers are not installed, so that no job can be submitted: run `pip install --no-deps "
             "-e .` in the repository's folder."
         )
-    named = ("responses_topic", "messages_topic", "messages_subscription", "dead_letter_topic")
-    check_destinations(**{name: arguments.get(name) for name in named})
+    check_destinations(**arguments)
     # A worker without a manifest, or with another model's, would fail, start, and fail again.
     read_manifest(arguments["state_dict_path"]).check_model(
         arguments["state_dict_path"], arguments["model_name"]

@@ -71,7 +71,6 @@ BODIES = {
 }
 
 # Of the headers that mean something to Cloud Storage.
-_HEADER_PREFIXES = ("x-goog-",)
 HEADERS = fields(
     "x-goog-hash",
     "x-goog-api-client x-goog-user-project x-goog-request-params x-goog-gcs-idempotency-token x-goog-date "
@@ -101,6 +100,12 @@ def check_permission(request: Request, call: str, permissions: Permissions) -> N
         raise HttpError(403, denied_text("storage", missing, permissions.project, address, ""), "forbidden")
 
 
+def check_overwriting(request: Request, existing: dict | None, permissions: Permissions) -> None:
+    """Raises HttpError 403 if there is an object already, and the account may not write another over it."""
+    if existing:
+        check_permission(request, "objects.overwrite", permissions)
+
+
 def check_query(request: Request, table: Fields, call: str) -> None:
     """Raises HttpError 501 for a parameter that says something and would be ignored."""
     for name, value in request.query.items():
@@ -116,7 +121,7 @@ def check_headers(request: Request) -> None:
     without which the object would be readable here."""
     for header in request.headers:
         name = header.lower()
-        is_own = name.startswith(_HEADER_PREFIXES) and not name.startswith(_FREE_HEADERS)
+        is_own = name.startswith("x-goog-") and not name.startswith(_FREE_HEADERS)
         if is_own and HEADERS.of(name) == REFUSED:
             raise _refused(f"The header {header}")
 

@@ -11,7 +11,7 @@ from ..front.permissions import SOFT_DELETE, UNIFORM_ACCESS, Permissions
 from . import resource as resources
 from .batches import Batches
 from .downloads import check_generation, media
-from .fields import body, check_permission, checked
+from .fields import body, check_overwriting, checked
 from .listing import Listing, decode_token, encode_token, page_size
 from .object_store import ObjectStore
 from .partial_object import read_chunks
@@ -128,13 +128,9 @@ class CloudStorage:
 
     # Objects made of objects
 
-    def _check_overwriting(self, request: Request, bucket: str, name: str) -> None:
-        if self._store.find(bucket, name):
-            check_permission(request, "objects.overwrite", self._permissions)
-
     def _copy(self, request: Request, bucket: str, name: str, to_bucket: str, to_name: str) -> dict:
         sent = body(request, "objects.copy")
-        self._check_overwriting(request, to_bucket, to_name)
+        check_overwriting(request, self._store.find(to_bucket, to_name), self._permissions)
         source, file = self._store.open(bucket, name)
         with file:
             check_generation(source, request.query.get("sourceGeneration"))
@@ -151,7 +147,7 @@ class CloudStorage:
 
     def _compose(self, request: Request, bucket: str, name: str) -> dict:
         sent = body(request, "objects.compose")
-        self._check_overwriting(request, bucket, name)
+        check_overwriting(request, self._store.find(bucket, name), self._permissions)
         sources = sent.get("sourceObjects") or []
         if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
             raise HttpError(400, "Invalid value for sourceObjects: not a list of objects.", "invalid")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..front.http_server import HttpError, Request, Response, Router
 from ..front.permissions import Permissions
-from .fields import body, check_body, check_permission, checked
+from .fields import body, check_body, check_overwriting, checked
 from .multipart import related_parts
 from .names import check_object_name
 from .object_store import ObjectStore
@@ -69,7 +69,7 @@ class Uploads:
             fields, content_type, chunks = related_parts(request)
             check_body(fields, "objects.insert")
             fields.setdefault("contentType", content_type)
-        self._check_overwriting(request, bucket, _name(request, fields))
+        check_overwriting(request, self._store.find(bucket, _name(request, fields)), self._permissions)
         content = self._store.partial()
         try:
             content.append(chunks)
@@ -81,10 +81,6 @@ class Uploads:
         _check(content, fields, request)
         return self._store.put(bucket, name, content, fields, Preconditions.of(request))
 
-    def _check_overwriting(self, request: Request, bucket: str, name: str) -> None:
-        if self._store.find(bucket, name):
-            check_permission(request, "objects.overwrite", self._permissions)
-
     # Resumable
 
     def _begin(self, request: Request, bucket: str) -> Response:
@@ -94,7 +90,7 @@ class Uploads:
         conditions = Preconditions.of(request)
         if conditions != Preconditions():
             conditions.check(self._store.find(bucket, name))
-        self._check_overwriting(request, bucket, name)
+        check_overwriting(request, self._store.find(bucket, name), self._permissions)
         session = Session(bucket, name, _described(request, fields), conditions, self._store.partial())
         session_id = uuid.uuid4().hex
         with self._lock:

@@ -106,8 +106,8 @@ class Permissions:
 
     def missing(self, account: str, call: str) -> str | None:
         """The first permission that an account lacks for a call; None if it may make it."""
-        denied = {line[2] for line in self._lines() if line[:2] == ["deny", account] and len(line) == 3}
-        return next((one for one in NEEDED[call] if one in denied or one not in GRANTED[account]), None)
+        held = self.has(account, NEEDED[call])
+        return next((one for one in NEEDED[call] if one not in held), None)
 
     def has(self, account: str, permissions: Iterable[str]) -> list[str]:
         """Those of the permissions that an account has."""
