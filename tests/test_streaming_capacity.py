@@ -313,7 +313,7 @@ def test_another_file_is_no_result(tmp_path, content):
 def test_a_result_comes_with_the_helpers():
     saved = read_result()
     assert saved.machine
-    assert len(saved.points) >= 4
+    assert len(saved.points) >= 5
     assert any(not one.keeps_up for one in saved.points)
 
 

@@ -73,13 +73,13 @@ def t5(*, distinct_head: bool) -> T5ForConditionalGeneration:
     return model
 
 
-def llama() -> LlamaForCausalLM:
+def llama(width: int = 32) -> LlamaForCausalLM:
     """A Llama whose head is its embeddings, with grouped-query attention."""
     torch.manual_seed(2)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -96,13 +96,13 @@ def llama() -> LlamaForCausalLM:
 KINDS = {
     "t5_distinct": lambda: (t5(distinct_head=True), byte_tokenizer(chat=False)),
     "t5_tied": lambda: (t5(distinct_head=False), byte_tokenizer(chat=False)),
-    "llama": lambda: (llama(), byte_tokenizer(chat=True)),
+    "llama": lambda **shape: (llama(**shape), byte_tokenizer(chat=True)),
 }
 
 
-def save_checkpoint(kind: str, folder: str | Path) -> PreTrainedModel:
+def save_checkpoint(kind: str, folder: str | Path, **shape: int) -> PreTrainedModel:
     """Writes an ordinary checkpoint of a kind, and returns the model that it holds, ready to generate."""
-    model, tokenizer = KINDS[kind]()
+    model, tokenizer = KINDS[kind](**shape)
     config = model.config
     model.generation_config = GenerationConfig(
         pad_token_id=config.pad_token_id,
