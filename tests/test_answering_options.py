@@ -32,6 +32,8 @@ OTHER = {
     "answer_format": ("record", "record"),
     "answer_schema": ('{"type": "object"}', '{"type": "object"}'),
     "ask_again": ("", True),
+    "keep_reasoning": ("", True),
+    "reasoning_marks": ("<a> </a>", "<a> </a>"),
     "max_response_seconds": ("20", 20.0),
     "max_response_tokens": ("7", 7),
     "max_prompt_tokens": ("100", 100),

@@ -14,8 +14,15 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from tiny_models import byte_tokenizer, save_checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+)
 
 from helpers.files.transfer import crc32c_of
 from helpers.files.whole_file import FileBusyError, partial_path, whole_or_absent
@@ -135,6 +142,31 @@ def test_an_absent_head_that_the_config_says_is_untied_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"lacks 1 of .* lm_head\.weight"):
         convert(str(tmp_path / "t5"), tmp_path / "t5.pt", progress=False)
     assert not (tmp_path / "t5.pt").exists()
+
+
+def test_a_long_t5_has_one_tensor_for_head_and_embeddings_whatever_its_config_says(tmp_path):
+    shape = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    LongT5ForConditionalGeneration(LongT5Config(**shape)).save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    byte_tokenizer(chat=False).save_pretrained(tmp_path / "m")
+    convert(str(tmp_path / "m"), tmp_path / "m.pt", "float32", progress=False)
+    found = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert torch.equal(found["lm_head.weight"], weights["shared.weight"])
+
+
+def test_a_tokenizer_that_needs_no_file_is_not_missing(t5, tmp_path, capsys):
+    folder = tmp_path / "byt5"
+    shutil.copytree(t5, folder)
+    for file in folder.iterdir():
+        if "token" in file.name:
+            file.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tokenizer_class": "ByT5Tokenizer"}))
+    convert(str(folder), tmp_path / "m.pt", progress=False)
+    assert "No tokenizer" not in capsys.readouterr().out
+    assert "No tokenizer" not in capsys.readouterr().err
 
 
 def test_the_file_is_what_torch_save_would_have_written(t5, tmp_path):

@@ -8,8 +8,10 @@ import zipfile
 
 import pytest
 from tiny_models import save_checkpoint
+from transformers import LlamaConfig
 
 from helpers.models import DEFAULT_MODEL, ModelError, load_config, packaged, resolve
+from helpers.models.architecture import architecture_of
 from helpers.models.names import CONFIGS
 from helpers.models.packaged import PACKAGED, PackagedModel
 
@@ -53,6 +55,14 @@ def test_a_folder_that_is_no_checkpoint_is_refused(prepare, message, tmp_path):
     prepare(tmp_path)
     with pytest.raises(ModelError, match=message):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaForRewardModel"]
+)
+def test_a_model_whose_head_writes_no_text_is_refused(name):
+    with pytest.raises(ModelError, match=f"{name}, whose output layer scores"):
+        architecture_of(LlamaConfig(architectures=[name]))
 
 
 @pytest.mark.parametrize(

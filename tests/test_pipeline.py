@@ -272,6 +272,7 @@ def test_a_record_says_all_and_fits_both_schemas():
         "finish_reason": "length",
         "prompt_tokens": 3,
         "response_tokens": 2,
+        "reasoning_tokens": 0,
         "ordering_key": "k",
         "attributes": [{"name": "user", "value": "7"}],
     }

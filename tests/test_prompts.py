@@ -7,14 +7,16 @@ import pytest
 from conftest import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import llama, save_checkpoint
+from tiny_models import byte_tokenizer, llama, save_checkpoint, t5
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.load_state_dict import LoadError, convert
 from helpers.model_handler import AnsweringOptions, Failure, Response
+from helpers.model_handler.encoding import Encoder
 from helpers.model_handler.language_model import LanguageModel
 from helpers.model_handler.prompt_check import check_around_prompts
-from helpers.model_handler.prompts import PromptError, Request, parse_prompt, parse_template
+from helpers.model_handler.prompts import RECORD, PromptError, Request, parse_prompt, parse_template
 from helpers.model_handler.served_model import ModelSource
 
 # In the manner of three makers. The second refuses a system prompt, the third says it with the user's turn.
@@ -186,6 +188,7 @@ def test_what_is_no_conversation_fails_and_says_why(turns, reason, model):
         ("{", "record", "not JSON"),
         ("[]", "record", "not an object"),
         ('{"a": NaN}', "record", "NaN"),
+        ('{"a": 1, "a": 2}', "record", "'a' twice"),
         ("[" * 100_000, "conversation", "not JSON"),
         ("{}", "conversation", "not a list"),
         ("x", "poem", "no prompt_format 'poem'"),
@@ -194,6 +197,70 @@ def test_what_is_no_conversation_fails_and_says_why(turns, reason, model):
 def test_a_message_that_is_not_of_its_format_says_so(text, kind, reason):
     with pytest.raises(PromptError, match=reason):
         parse_prompt(text, kind, "{a}")
+
+
+@pytest.mark.parametrize("number", ["1234567890123456.78", "12345678901234567890123", "1e400", "-0", "1E2"])
+def test_numbers_of_a_record_stay_as_they_are_written(number):
+    record = parse_prompt(
+        f'{{"n": {number}, "in": [{{"a": {number}}}], "text": "1.0"}}', RECORD, "{n} {in} {text}"
+    )
+    assert record == {"n": number, "in": f'[{{"a": {number}}}]', "text": "1.0"}
+
+
+def test_numbers_that_are_none_are_refused():
+    with pytest.raises(PromptError, match="cannot be written"):
+        Request({"n": float("inf")}, template="{n}")
+
+
+PARTS = (
+    "{% for m in messages %}<|start|>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
+)
+PARTS_OR_ERROR = PARTS.replace(
+    "{% for part", "{% if m.content is string %}{{ raise_exception('no') }}{% endif %}{% for part", 1
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS_OR_ERROR])
+def test_a_template_of_parts_is_given_parts(template):
+    tokenizer = byte_tokenizer(chat=True)
+    usual = Encoder(tokenizer, llama().config, False).encode("Hi", options(system_prompt="Be kind."))
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, llama().config, False)
+    encoder.check(options())
+    assert encoder.encode("Hi", options(system_prompt="Be kind.")) == usual
+
+
+def test_a_template_that_leaves_out_what_the_user_says_is_refused():
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = "{% for m in messages %}<|start|>{{ m.text }}<|end|>{% endfor %}"
+    with pytest.raises(PromptError, match="leaves out what the user says"):
+        Encoder(tokenizer, llama().config, False).check(options())
+
+
+def test_an_encoder_decoder_has_its_chat_template_too():
+    tokenizer = byte_tokenizer(chat=True)
+    encoder = Encoder(tokenizer, t5(distinct_head=False).config, True)
+    expected = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_dict=True)
+    assert encoder.encode(CONVERSATION, options()) == expected["input_ids"]
+    encoder.check(options(prompt_format="conversation"))
+
+
+def test_a_text_of_no_tokens_is_empty():
+    tokenizer = byte_tokenizer(chat=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    encoder = Encoder(tokenizer, t5(distinct_head=False).config, True)
+    with pytest.raises(PromptError, match="empty"):
+        encoder.encode("\u200b", options())
+
+
+def test_a_cut_never_ends_within_a_character():
+    tokenizer = byte_tokenizer(chat=False)
+    encoder = Encoder(tokenizer, t5(distinct_head=False).config, True)
+    for limit in range(3, 9):
+        ids = encoder.encode("é€é€", options(max_prompt_tokens=limit, truncate=True))
+        assert "é€é€".startswith(tokenizer.decode(ids, skip_special_tokens=True))
+        assert len(ids) <= limit
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def check_tokenizer(checkpoint_folder: str | Path, names: Sequence[str]) -> bool
     with tempfile.TemporaryDirectory() as copy:
         write_companion_files(checkpoint_folder, names, copy)
         try:
-            read_tokenizer(copy)
+            tokenizer = read_tokenizer(copy)
         except Exception as error:  # tokenizers' own libraries raise every kind
             if not any(_is_tokenizers(name) for name in names):
                 return False
@@ -102,8 +102,9 @@ def check_tokenizer(checkpoint_folder: str | Path, names: Sequence[str]) -> bool
                 f"The tokenizer of {checkpoint_folder} cannot be loaded "
                 f"({first_line(error)}): download its files again, or install what it needs"
             ) from error
-    # Without files of its own, transformers makes an empty tokenizer of some kinds, and says nothing.
-    return any(_is_tokenizers(name) for name in names)
+    # Without their files, transformers makes empty tokenizers of some kinds, and says nothing. Others need no
+    # file: ByT5's tokens are bytes.
+    return any(_is_tokenizers(name) for name in names) or not tokenizer.vocab_files_names
 
 
 def _is_tokenizers(name: str) -> bool:

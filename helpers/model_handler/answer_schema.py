@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from helpers.model_handler.prompts import refuse_constant
+from helpers.model_handler.prompts import STRICT, json_text
 
 # Braces around a name are prose, or a formula.
 _BEGINNING = re.compile(r"\[|\{(?=\s*[\"}])")
@@ -112,12 +112,12 @@ def _values_in(answer: str) -> Iterator[Any]:
     """
     for text in (answer, _fenced(answer)):
         try:
-            value = json.loads(text, parse_constant=refuse_constant, parse_float=_finite)
+            value = json.loads(text, **STRICT, parse_float=_Float, parse_int=_Int)
         except ValueError:
             continue
         yield value
         return
-    decoder, place = json.JSONDecoder(parse_constant=refuse_constant, parse_float=_finite), 0
+    decoder, place = json.JSONDecoder(**STRICT, parse_float=_Float, parse_int=_Int), 0
     for _ in range(MOST_PLACES):
         found = _BEGINNING.search(answer, place)
         if not found:
@@ -141,19 +141,27 @@ def _fenced(answer: str) -> str:
     return content if newline and fence else ""
 
 
-def _finite(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return value
+class _Int(int):
+    def __new__(cls, text: str) -> _Int:
+        number = super().__new__(cls, text)
+        number.written = text
+        return number
+
+
+class _Float(float):
+    def __new__(cls, text: str) -> _Float:
+        number = super().__new__(cls, text)
+        if math.isinf(number):
+            raise ValueError(f"{text[:20]} is too large a number")
+        number.written = text
+        return number
 
 
 def _written(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a pair of escapes is no character: it stays an escape
-        return json.dumps(value)
-    return text
+    # Half of a pair of escapes is no character: it stays an escape.
+    return "".join(
+        sign if not "\ud800" <= sign <= "\udfff" else f"\\u{ord(sign):04x}" for sign in json_text(value)
+    )
 
 
 def _where(error: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -13,9 +13,11 @@ class Response:
     Attributes:
         text: what it says.
         prompt_tokens: the tokens of what was asked, with all that surrounds it.
-        response_tokens: the tokens generated.
+        response_tokens: the tokens of the answer.
         finish_reason: why it ends: `stop` for the model's own end, `length` for max_response_tokens.
         was_asked_again: whether it is the second answer, after one that did not fit the schema.
+        reasoning_tokens: the tokens generated before the answer, in which a reasoning model thinks. With
+            `keep_reasoning` they are part of the answer.
     """
 
     text: str
@@ -23,6 +25,12 @@ class Response:
     response_tokens: int
     finish_reason: str = "stop"
     was_asked_again: bool = False
+    reasoning_tokens: int = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is an answer, rather than thinking alone."""
+        return not self.reasoning_tokens or self.response_tokens > 0
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Batch:
         size: the number of prompts.
         prompt_tokens: the prompts' tokens, without padding.
         padding_tokens: the tokens that pad the prompts to the length of the longest.
-        response_tokens: the tokens generated, without padding after a response's end.
+        response_tokens: the tokens generated, thinking included, without padding after a response's end.
         seconds: how long it took.
     """
 
@@ -49,7 +57,9 @@ class Batch:
     ) -> Batch:
         """Sums up a batch of encoded prompts and their responses."""
         tokens = sum(map(len, prompts))
-        generated = sum(one.response_tokens for one in responses if isinstance(one, Response))
+        generated = sum(
+            one.response_tokens + one.reasoning_tokens for one in responses if isinstance(one, Response)
+        )
         padding = len(prompts) * max(map(len, prompts)) - tokens
         return cls(len(prompts), tokens, padding, generated, seconds)
 
@@ -77,7 +87,7 @@ def batches_by_length(
     max_batch_size: int,
     max_batch_tokens: int,
     response_tokens: int = 0,
-    padded: bool = True,
+    mixes: Callable[[int], bool] = lambda length: True,
 ) -> Iterator[list[int]]:
     """Puts prompts of similar length into batches, longest first.
 
@@ -86,7 +96,7 @@ def batches_by_length(
         max_batch_size: prompts in a batch.
         max_batch_tokens: the limit for a batch's size times the tokens of its longest prompt and response.
         response_tokens: what a response may add to each prompt.
-        padded: whether prompts of different length may share a batch.
+        mixes: whether a prompt of so many tokens may share a batch with prompts of another length.
 
     Yields:
         Indices; a prompt that is over the budget by itself stands alone.
@@ -97,7 +107,7 @@ def batches_by_length(
         full = (
             len(batch) >= max_batch_size
             or (len(batch) + 1) * (longest + response_tokens) > max_batch_tokens
-            or (not padded and lengths[index] != longest)
+            or (lengths[index] != longest and not (mixes(longest) and mixes(lengths[index])))
         )
         if batch and full:
             yield batch

@@ -16,7 +16,7 @@ import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ class ChatTemplate:
         with _lock:
             _running()
 
-    def render(self, turns: list[dict[str, str]], most_characters: int) -> str:
+    def render(self, turns: list[dict[str, Any]], most_characters: int) -> str:
         """The template's text of a conversation, up to where the model's answer begins.
 
         Args:

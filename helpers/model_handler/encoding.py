@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from helpers.model_handler.prompts import (
     StoppedPromptError,
     parse_template,
 )
+from helpers.model_handler.reasoning import Marks
 from helpers.models.architecture import positions_of
 from helpers.models.error_text import first_line
 from helpers.models.model_error import ModelError
@@ -46,6 +47,9 @@ MOST_GROWTH = 1000
 """How many times longer the steps of a tokenizer may make a text: far more than spaces and accents need."""
 
 
+Content = str | list[dict[str, str]]
+"""What a turn says, as a chat template takes it: a text, or a list of parts."""
+
 LEAST_PREFIX_TOKENS = 8
 """The fewest tokens at the beginning of all prompts whose computing is worth sparing."""
 
@@ -62,7 +66,7 @@ class Encoder:
     Args:
         tokenizer: the model's.
         config: the model's.
-        is_encoder_decoder: whether an encoder reads the prompt; only causal models use a chat template.
+        is_encoder_decoder: whether an encoder reads the prompt.
 
     Raises:
         ModelError: the tokenizer may make texts so much longer that they fill the memory.
@@ -90,7 +94,7 @@ class Encoder:
     @property
     def has_template(self) -> bool:
         """Whether prompts are put into a chat template."""
-        return bool(self._tokenizer.chat_template) and not self._is_encoder_decoder
+        return bool(self._tokenizer.chat_template)
 
     @cached_property
     def _longest_token(self) -> int:
@@ -128,6 +132,8 @@ class Encoder:
             if _characters(request.turns("")) > characters:
                 raise PromptError(f"the limit of {most} tokens leaves no room beside what is not cut")
         ids = self._tokenize(request.turns(), most)
+        if not ids or not (self.has_template or any(self._are_of_text(ids))):
+            raise PromptError("the prompt is empty: the tokenizer makes no token of it")
         limit = most if options.truncate else limit
         if limit is None or len(ids) <= limit:
             return ids
@@ -144,12 +150,19 @@ class Encoder:
         with panics_as_errors():
             plain = self._tokenizer(request.text, add_special_tokens=False, verbose=False)["input_ids"]
         while room > 0:
-            ids = self._tokenize(request.turns(self._tokenizer.decode(plain[:room])), most)
+            # The last token may be the first bytes of a character.
+            text = self._tokenizer.decode(plain[:room])
+            text = text if request.text.startswith(text) else text.rstrip("\N{REPLACEMENT CHARACTER}")
+            ids = self._tokenize(request.turns(text), most)
             if len(ids) <= limit:
                 return ids
             # Text cut in the middle of a word may have more tokens than before.
             room -= max(1, (len(ids) - limit) // request.repeats)
         raise PromptError(f"the prompt cannot be cut to {limit} tokens")
+
+    def _are_of_text(self, ids: list[int]) -> Iterator[bool]:
+        special = set(self._tokenizer.all_special_ids)
+        return (token not in special or token == self._tokenizer.unk_token_id for token in ids)
 
     def encode_again(self, prompt: Prompt, options: AnsweringOptions, answer: str, wish: str) -> list[int]:
         """The token ids of a prompt whose answer was not good enough, with that answer and a further wish.
@@ -178,6 +191,9 @@ class Encoder:
             raise PromptError(
                 "the model has no chat template: it answers texts and records, no conversations"
             )
+        if self.has_template:
+            with suppress(StoppedPromptError):
+                self._content_of("?")  # a template that cannot be used is told before there is a prompt
         if options.system_prompt is None and options.template is None:
             return
         text = self._sample("?", options)
@@ -200,7 +216,7 @@ class Encoder:
 
     def _prefix(self, options: AnsweringOptions) -> list[int]:
         """What prompts of every kind have in common at their beginning."""
-        if not self.has_template:
+        if not self.has_template or self._is_encoder_decoder:
             return []
         around = options.system_prompt, options.template, options.prompt_format
         if around not in self._prefixes:
@@ -249,6 +265,7 @@ class Encoder:
                 return self._tokenizer(_as_one_text(turns), verbose=False)["input_ids"]
             if turns[0]["role"] == "system" and not self._takes_system_prompts:
                 turns = _told_by_user(turns)
+            turns = [turn | {"content": self._content_of(turn["content"])} for turn in turns]
             if self._template:
                 text = self._render(turns, 2 * most * self._longest_token + SPARE_CHARACTERS)
                 return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -256,7 +273,55 @@ class Encoder:
                 "input_ids"
             ]
 
-    def _render(self, turns: list[dict[str, str]], most_characters: int) -> str:
+    def opens(self, marks: Marks) -> bool:
+        """Whether the chat template ends prompts amid the model's thinking. What users write is not looked
+        at."""
+        begin, end = (self._tail.rfind(mark) for mark in marks)
+        return begin > end
+
+    @cached_property
+    def _tail(self) -> str:
+        """What the chat template puts after every prompt."""
+        if not self._template:
+            return ""
+        turns = ([{"role": "user", "content": self._content_of(text)}] for text in DIFFERENT_PROMPTS)
+        texts = [self._render(one, SPARE_CHARACTERS)[::-1] for one in turns]
+        return os.path.commonprefix(texts)[::-1]  # noqa: RUF071 - of texts, not of paths
+
+    def _content_of(self, text: str) -> Content:
+        """A turn's text as the chat template takes it."""
+        return [{"type": "text", "text": text}] if self._takes_parts else text
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the chat template says only the parts of a content, and leaves out a content that is a
+        text.
+
+        Raises:
+            PromptError: it leaves out what the user says in either form; or there was no time, or no memory,
+                to find it out.
+        """
+        fails = False
+        for content in (NOTICED, [{"type": "text", "text": NOTICED}]):
+            try:
+                said = self._said([{"role": "user", "content": content}])
+            except TemplateStoppedError as error:
+                raise StoppedPromptError(str(error)) from error
+            except Exception:  # whatever a template raises
+                fails = True
+                continue
+            if NOTICED in said:
+                return not isinstance(content, str)
+        if fails:  # the prompts tell why, one by one
+            return False
+        raise PromptError("the chat template leaves out what the user says: do not use this checkpoint")
+
+    def _said(self, turns: list[dict]) -> str:
+        if self._template:
+            return self._template.render(turns, SPARE_CHARACTERS)
+        return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+    def _render(self, turns: list[dict[str, Content]], most_characters: int) -> str:
         try:
             return self._template.render(turns, most_characters)
         except TemplateError as error:
@@ -270,12 +335,12 @@ class Encoder:
         Raises:
             PromptError: there was no time, or no memory, to find it out; the next prompt tries again.
         """
-        turns = [{"role": "system", "content": NOTICED}, {"role": "user", "content": "?"}]
+        turns = [
+            {"role": role, "content": self._content_of(text)}
+            for role, text in (("system", NOTICED), ("user", "?"))
+        ]
         try:
-            if self._template:
-                said = self._template.render(turns, SPARE_CHARACTERS)
-            else:
-                said = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            said = self._said(turns)
         except TemplateStoppedError as error:
             raise StoppedPromptError(str(error)) from error
         except Exception:  # whatever a template raises

@@ -19,10 +19,11 @@ from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.answer_schema import InvalidAnswerError, answer_schema
 from helpers.model_handler.answers import Batch, Failure, Response, batches_by_length
 from helpers.model_handler.encoding import Encoder, panics_as_errors
-from helpers.model_handler.engines.engine import TIME, Engine, shapes_of
+from helpers.model_handler.engines.engine import TIME, Engine, Generated, shapes_of
 from helpers.model_handler.engines.neighbours import Company
 from helpers.model_handler.options import AnsweringOptions
 from helpers.model_handler.prompts import Prompt, PromptError, StoppedPromptError
+from helpers.model_handler.reasoning import PUBLISHED, Thinking, divide, named_marks, parse_marks
 from helpers.models.architecture import positions_of
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class LanguageModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._encoder = Encoder(tokenizer, engine.config, self.is_encoder_decoder)
+        self._named_marks = named_marks(tokenizer)
         self._checked_options: set[AnsweringOptions] = set()
         self._company: Company | None = None  # established when prompts first share a batch
         # A runner may call from many threads. Batches take turns: two at once would only share the same
@@ -98,6 +100,7 @@ class LanguageModel:
         with self._turn:
             self.engine, self.tokenizer, self._encoder = other.engine, other.tokenizer, other._encoder
             self.model_name, self._company = other.model_name, other._company
+            self._named_marks = other._named_marks
 
     def check(self, options: AnsweringOptions) -> None:
         """Checks that the model can answer with these options at all.
@@ -146,18 +149,44 @@ class LanguageModel:
         options = options or AnsweringOptions()
         prefix_tokens = 0 if options.recompute else self._encoder.prefix_tokens(prompts, options)
         responses = self.engine.generate(prompts, options, prefix_tokens)
-        with panics_as_errors():
-            texts = self.tokenizer.batch_decode([one.tokens for one in responses], skip_special_tokens=True)
-        return [
-            Failure(
+        return [self._answer_of(*pair, options) for pair in zip(prompts, responses, strict=True)]
+
+    def _answer_of(
+        self, prompt: list[int], found: Generated, options: AnsweringOptions
+    ) -> Response | Failure:
+        """What an engine has generated, as an answer."""
+        tokens = found.tokens
+        if found.finish_reason == TIME:
+            return Failure(
                 f"the response was not complete after {options.max_response_seconds:g} s "
-                f"(max_response_seconds): it had {len(one.tokens)} tokens",
+                f"(max_response_seconds): it had {len(tokens)} tokens",
                 TIME,
             )
-            if one.finish_reason == TIME
-            else Response(text.strip(), len(prompt), len(one.tokens), one.finish_reason)
-            for text, prompt, one in zip(texts, prompts, responses, strict=True)
-        ]
+        with panics_as_errors():
+            thinking = None if options.keep_reasoning else self._thinking(tokens, options)
+            if thinking is None:
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                return Response(text, len(prompt), len(tokens), found.finish_reason)
+        return Response(
+            thinking.answer or "",
+            len(prompt),
+            len(tokens) - thinking.tokens,
+            found.finish_reason,
+            reasoning_tokens=thinking.tokens,
+        )
+
+    def _thinking(self, tokens: list[int], options: AnsweringOptions) -> Thinking | None:
+        """What a response thinks before its answer; None where that is nothing."""
+        given = options.reasoning_marks
+        named = self._named_marks if given is None else parse_marks(given)
+        if named:
+            is_open = self._encoder.opens(named)
+            return divide(self.tokenizer, tokens, named, is_named=True, is_open=is_open)
+        if given is None and options.answer_schema is not None:  # JSON of the thinking could fit, too
+            for marks in PUBLISHED:
+                if found := divide(self.tokenizer, tokens, marks, is_named=False, is_open=False):
+                    return found
+        return None
 
     def _bears(self) -> Company:
         """Which company the model's answers bear, established once."""
@@ -260,7 +289,7 @@ class LanguageModel:
         results: list[Response | Failure],
     ) -> None:
         """Puts the answers to encoded prompts into `results`, by their indices."""
-        same = {} if options.recompute or options.temperature > 0 else _repeated(encoded)
+        same = {} if options.recompute or options.is_sampled else _repeated(encoded)
         lengths = {index: len(ids) for index, ids in encoded.items() if index not in same}
         company = Company.ANY
         if len(lengths) > 1 and options.max_batch_size > 1:
@@ -271,7 +300,9 @@ class LanguageModel:
             1 if company is Company.NONE else options.max_batch_size,
             options.max_batch_tokens,
             options.max_response_tokens,
-            padded=company is Company.ANY,
+            mixes=lambda length: (
+                company is Company.ANY and self.engine.mixing().allows(length, options.max_response_tokens)
+            ),
         ):
             with self._turn:
                 for index, result in self._isolate(batch, encoded, options, on_batch):
@@ -312,6 +343,11 @@ def _fitting(answer: Response | Failure, options: AnsweringOptions) -> Response 
     """An answer as the JSON that it holds, or the failure that it is if it does not fit the schema."""
     if isinstance(answer, Failure):
         return answer
+    if not answer.has_begun:
+        return Failure(
+            f"the answer has not begun: the model has been thinking for {answer.reasoning_tokens} tokens",
+            answer.finish_reason,
+        )
     try:
         return replace(answer, text=answer_schema(options.answer_schema).read(answer.text))
     except InvalidAnswerError as error:

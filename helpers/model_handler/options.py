@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from helpers.files.storage import read_bytes
 from helpers.model_handler.answer_schema import answer_schema
 from helpers.model_handler.prompts import FORMATS, TEXT, check_prompting
+from helpers.model_handler.reasoning import parse_marks
 from helpers.sizing.sizes import COMPUTE_BYTES, ENGINES, PROMPT_TOKENS, RESPONSE_TOKENS
 
 Decorated = TypeVar("Decorated", bound=Callable)
@@ -59,6 +60,9 @@ class Range:
 
 
 ANSWER_FORMATS = ("text", "record")
+
+LEAST_TEMPERATURE = 1e-5
+"""Dividing by less could overflow, and would leave the most probable token alone anyway."""
 
 COUNT = Range(at_least=1)
 SECONDS = Range(above=0)
@@ -141,9 +145,20 @@ class AnsweringOptions:
         "Ask once more for an answer that does not fit answer_schema, if with that answer the prompt is not "
         "too long.",
     )
+    keep_reasoning: bool = option(
+        False,
+        "Leave in the answer what a reasoning model thinks before it. By default the answer is what follows.",
+    )
+    reasoning_marks: str | None = option(
+        None,
+        "What a reasoning model's thinking begins and ends with: two texts with a space between them, or "
+        "none for a model that does not think. By default those that its chat template or its tokenizer "
+        "names.",
+        metavar="MARKS",
+    )
     max_response_tokens: int = option(
         RESPONSE_TOKENS,
-        "The most tokens in a response; the model may end it sooner.",
+        "The most tokens in a response, what a reasoning model thinks included; the model may end it sooner.",
         metavar="N",
         within=COUNT,
     )
@@ -163,7 +178,8 @@ class AnsweringOptions:
     truncate: bool = option(False, "Cut prompts that are too long, rather than fail them.")
     temperature: float = option(
         0.0,
-        "Above 0 the responses are sampled; 0 is greedy, and repeatable.",
+        f"Above 0 the responses are sampled; 0, or less than {LEAST_TEMPERATURE:g}, is greedy and "
+        "repeatable.",
         metavar="T",
         within=Range(at_least=0),
     )
@@ -239,6 +255,10 @@ class AnsweringOptions:
             _check(one, getattr(self, one.name))
         check_prompting(self.system_prompt, self.template, self.prompt_format)
         self._read_schema()
+        if self.reasoning_marks is not None:
+            parse_marks(self.reasoning_marks)
+        if self.keep_reasoning and self.answer_schema is not None:
+            raise ValueError("keep_reasoning and answer_schema exclude each other: the answer is JSON alone.")
         if self.engine not in (None, "auto") and self.dtype not in (None, "auto", *ENGINES[self.engine]):
             raise ValueError(
                 f"engine {self.engine} does not compute in {self.dtype}: leave the engine out, or the dtype."
@@ -248,7 +268,7 @@ class AnsweringOptions:
                 f"engine torch_packed computes on CPUs only: leave it out, or device {self.device}."
             )
         is_ctranslate2 = self.engine == "ctranslate2" or self.dtype == "int8"
-        if is_ctranslate2 and self.temperature > 0 and self.seed is not None:
+        if is_ctranslate2 and self.is_sampled and self.seed is not None:
             raise ValueError(
                 "ctranslate2, which int8 needs, cannot repeat what it has sampled: leave the seed out, or "
                 "the engine and int8."
@@ -274,6 +294,11 @@ class AnsweringOptions:
                 raise ValueError(f"answer_schema is no JSON object, and no file of one: {error}") from error
             object.__setattr__(self, "answer_schema", text)
         answer_schema(text)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether tokens are sampled, rather than the most probable ones taken."""
+        return self.temperature >= LEAST_TEMPERATURE
 
     def workload(self) -> dict[str, int]:
         """The largest batch that a machine needs memory for, as `helpers.sizing.size_model` takes it."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -135,7 +136,7 @@ def parse_prompt(text: str, prompt_format: str, template: str | None = None) -> 
     if prompt_format not in FORMATS:
         raise PromptError(f"there is no prompt_format {prompt_format[:40]!r}: use {', '.join(FORMATS)}")
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(text, **STRICT, parse_float=Number, parse_int=Number)
     except (ValueError, RecursionError) as error:
         raise PromptError(f"the message is not JSON, as a {prompt_format} must be: {error}") from error
     wanted, name = (dict, "an object") if prompt_format == RECORD else (list, "a list of turns")
@@ -294,16 +295,53 @@ def _field_of_message(record: Mapping[str, Any], name: str) -> Any:
         raise PromptError(f"the message has no field {name!r}, which the template names") from None
 
 
+class Number(str):
+    """A number of a JSON text, as it is written there: every digit of it."""
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, with its numbers as they were written.
+
+    Raises:
+        TypeError, ValueError: JSON has no such value.
+        RecursionError: it is nested too deeply.
+    """
+    if isinstance(value, Number):
+        return str(value)
+    if written := getattr(value, "written", None):
+        return written
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(name)}: {json_text(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(json_text, value)) + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _key(name: Any) -> str:
+    return json.dumps(name if isinstance(name, str) else json.dumps(name), ensure_ascii=False)
+
+
 def _as_text(value: Any) -> str:
     """A text as it is, and anything else as JSON writes it."""
     if isinstance(value, str):
-        return value
+        return str(value)
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json_text(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"a field's value cannot be written as text: {error}") from error
 
 
-def refuse_constant(name: str) -> NoReturn:
-    """For json's `parse_constant`: Python would take NaN and infinities."""
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [name, _], *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the name {name[:40]!r} twice")
+    return found
+
+
+STRICT: dict[str, Any] = {"parse_constant": _refuse_constant, "object_pairs_hook": _object}
+"""For json's functions: Python would take NaN and infinities, and of a name that is there twice the last."""

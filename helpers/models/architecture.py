@@ -8,6 +8,7 @@ same words.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from helpers.models.model_error import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+OTHER_HEADS = re.compile(r"Classif|Reward|Regression|ValueHead|QuestionAnswering|MultipleChoice|Embedding")
+"""In the name of a class, what says that its output layer is no language model's."""
 
 ADVICE = "use a causal (Llama, Qwen, ...) or an encoder-decoder (T5, BART, ...) language model"
 
@@ -102,8 +106,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """The class that generates text for a config, and the config to build it from.
 
     Raises:
-        ModelError: an encoder, a vision or audio model, or otherwise not one that turns text into text; or
-            the checkpoint is quantized.
+        ModelError: an encoder, a classifier or reward model, a vision or audio model, or otherwise not one
+            that turns text into text; or the checkpoint is quantized.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -118,6 +122,11 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         raise ModelError(
             f"This {name!r} checkpoint is quantized: give the model that it was quantized from, whose "
             "weights are in float32, bfloat16 or float16"
+        )
+    if others := [one for one in getattr(config, "architectures", None) or () if OTHER_HEADS.search(one)]:
+        raise ModelError(
+            f"This {name!r} checkpoint is of a {others[0]}, whose output layer scores texts and writes none: "
+            f"{ADVICE}"
         )
     is_encoder_decoder = bool(config.is_encoder_decoder)
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
@@ -143,12 +152,21 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
-    """How many positions the part of a model that reads the prompt has; None where it has no such limit."""
+    """How many positions the part of a model that reads the prompt has; None where it has no such limit.
+
+    YaRN, dynamic and linear RoPE scaling multiply what the config names by a factor. LongRoPE's and Llama 3's
+    configs name the number that they lead to, and so do those with settings for each kind of layer.
+    """
     reader = config
     for name in ("encoder", "text_config"):
         nested = getattr(reader, name, None)
         reader = nested if hasattr(nested, "model_type") else reader
-    return _positions(reader, "max_encoder_position_embeddings", "max_position_embeddings")
+    positions = _positions(reader, "max_encoder_position_embeddings", "max_position_embeddings")
+    rope = getattr(reader, "rope_parameters", None) or {}
+    if positions and rope.get("rope_type") in ("yarn", "dynamic", "linear"):
+        scaled = (rope.get("original_max_position_embeddings") or positions) * (rope.get("factor") or 1)
+        return max(positions, int(scaled))
+    return positions
 
 
 def response_positions_of(config: PretrainedConfig) -> int | None:
@@ -175,17 +193,20 @@ def head_is_separate(config: PretrainedConfig, as_written: dict[str, Any] | None
     """Whether a model's published output layer is a tensor of its own rather than the input embeddings.
 
     transformers 5 ties the head of every T5 to its embeddings, whatever the config file says, yet T5 1.1 and
-    its descendants (flan-t5, flan-ul2, mT5) were published with a head of their own. For T5 and LongT5 the
-    file's `tie_word_embeddings: false` lives on in the config object as `scale_decoder_outputs=False`. mT5
-    and umT5 were published with a separate head only, and keep no trace of the flag.
+    its descendants (flan-t5, flan-ul2, mT5) were published with a head of their own. For T5 the file's
+    `tie_word_embeddings: false` lives on in the config object as `scale_decoder_outputs=False`. mT5 and umT5
+    were published with a separate head only, and keep no trace of the flag. LongT5 was published with the
+    same flag as T5 1.1, and with one tensor for both.
 
     Args:
         config: the model's.
         as_written: the values of its config.json, where they are at hand: they tell without a guess.
     """
+    if config.model_type == "longt5":
+        return False
     if as_written is not None:
         return as_written.get("tie_word_embeddings", True) is False
-    if config.model_type in ("t5", "longt5"):
+    if config.model_type == "t5":
         return not config.scale_decoder_outputs
     if config.model_type in ("mt5", "umt5"):
         return True

@@ -31,6 +31,7 @@ def answer_record(message: PubsubMessage, response: Response, model_name: str) -
         "finish_reason": response.finish_reason,
         "prompt_tokens": response.prompt_tokens,
         "response_tokens": response.response_tokens,
+        "reasoning_tokens": response.reasoning_tokens,
         "ordering_key": message.ordering_key or "",
         "attributes": [{"name": name, "value": value} for name, value in attributes],
     }

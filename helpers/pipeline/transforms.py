@@ -8,7 +8,8 @@ of it (`helpers.pipeline.answer_record`), with all of the message's own attribut
 * `model_name`: the model that answered;
 * `finish_reason`: `stop` where the model ended its answer, `length` where the answer was cut at the most
   tokens;
-* `prompt_tokens` and `response_tokens`: how many there were;
+* `prompt_tokens` and `response_tokens`: how many the prompt and the answer have;
+* `reasoning_tokens`: how many a reasoning model has thought before its answer, if it has;
 * `ordering_key`: the message's, if it has one. Dataflow's sink publishes without ordering keys.
 
 A message without a response goes to the dead-letter topic as it came, with the same bytes and attributes, and
@@ -16,7 +17,7 @@ with `prompt_message_id`, `model_name`, `ordering_key` and
 
 * `error`: the reason;
 * `answer`: the first kB of what the model said, if that did not fit the schema;
-* `finish_reason`: `time`, if the response was not complete in time; else, if there is an answer, why it ends.
+* `finish_reason`: `time`, if the response was not complete in time; else, if there is one, why it ends.
 
 Pub/Sub allows a message 100 attributes and 10 MB. Attributes that no longer fit are left out, the last by
 name first, and so are those that begin with `goog`, which are Pub/Sub's own; `attributes_left_out` says
@@ -226,6 +227,8 @@ def to_response(
         "prompt_tokens": str(response.prompt_tokens),
         "response_tokens": str(response.response_tokens),
     }
+    if response.reasoning_tokens:
+        more["reasoning_tokens"] = str(response.reasoning_tokens)
     text = answer_record(message, response, model_name) if answer_format == "record" else response.text
     data = text.encode(errors="replace")
     return PubsubMessage(data, _attributes(message, data, **more))

@@ -36,7 +36,7 @@ SPREAD = 20  # factors
 MOST_TURNAROUND = 0.5  # seconds
 PER_ARRIVAL = [0.0005 * step for step in range(41)]  # seconds: those that are tried
 
-RESPONSE_TOKENS = "response_tokens"
+RESPONSE_TOKENS, REASONING_TOKENS = "response_tokens", "reasoning_tokens"
 """The attribute of a response that has the number of its tokens."""
 
 
@@ -145,7 +145,7 @@ def measured_bundle_times(runs: Sequence[Point | Records]) -> BundleTimes:
         raise ValueError("no message was answered, so there are no bundles: see whether the job runs.")
     found = min((_fit(seen, cost) for cost in PER_ARRIVAL), key=lambda one: _error(one, seen))
     tokens = [
-        int(text)
+        int(text) + int(one.attributes.get(REASONING_TOKENS, 0))
         for records in every
         for one in records.answered
         if (text := one.attributes.get(RESPONSE_TOKENS, "")).isdigit()

@@ -25,7 +25,7 @@ from helpers.load_state_dict.mapped_model import LoadError
 from helpers.model_handler.engines import generation_settings
 from helpers.model_handler.engines.deadline import Deadline
 from helpers.model_handler.engines.engine import Generated, as_set, generated
-from helpers.model_handler.engines.neighbours import Company
+from helpers.model_handler.engines.neighbours import Company, Mixing
 from helpers.models.architecture import response_positions_of
 from helpers.models.error_text import first_line
 
@@ -188,7 +188,7 @@ class CTranslate2Engine:
         }
         if unwanted := self.generation_config.suppress_tokens:
             shared["suppress_sequences"] = [[str(token)] for token in unwanted]
-        if options.temperature > 0:
+        if options.is_sampled:
             shared |= {
                 "sampling_temperature": options.temperature,
                 "sampling_topk": 0,  # of all tokens
@@ -245,6 +245,10 @@ class CTranslate2Engine:
     def company(self, samples: Sequence[list[int]]) -> Company:
         """See `Engine.company`: it computes without padding, or masks it."""
         return Company.ANY
+
+    def mixing(self) -> Mixing:
+        """See `Engine.mixing`: the models and settings that it takes depend on no length."""
+        return Mixing()
 
     def why_not(self, options: AnsweringOptions) -> str:
         """See `Engine.why_not`."""
@@ -364,7 +368,7 @@ def why_not_on_gpu() -> str:
 
 def why_not(options: AnsweringOptions) -> str:
     """Why CTranslate2 cannot answer with these options as they are meant; empty if it can."""
-    if options.temperature > 0 and options.seed is not None:
+    if options.is_sampled and options.seed is not None:
         return "ctranslate2 cannot repeat what it has sampled (seed)"
     return ""
 

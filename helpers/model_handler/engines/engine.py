@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from helpers.model_handler.engines.neighbours import Company
+from helpers.model_handler.engines.neighbours import Company, Mixing
 from helpers.models.architecture import architecture_of
 
 if TYPE_CHECKING:
@@ -77,6 +77,10 @@ class Engine(Protocol):
         """
         ...
 
+    def mixing(self) -> Mixing:
+        """The lengths of prompts that may share a batch with others, as far as the configs tell."""
+        ...
+
     def why_not(self, options: AnsweringOptions) -> str:
         """Why it cannot answer with these options as they are meant; empty if it can."""
         ...
@@ -89,7 +93,9 @@ def shapes_of(config: PretrainedConfig) -> tuple[str, dict[str, tuple]]:
     return architecture.model_class.__name__, {name: tuple(one.shape) for name, one in weights.items()}
 
 
-def generated(tokens: list[int], ends: set[int], most: int, is_late: bool) -> Generated:
+def generated(
+    tokens: list[int], ends: set[int], most: int, is_late: bool, forced: set[int] = frozenset()
+) -> Generated:
     """A response with the reason for its end.
 
     Args:
@@ -97,7 +103,10 @@ def generated(tokens: list[int], ends: set[int], most: int, is_late: bool) -> Ge
         ends: the end tokens.
         most: how many tokens there could be.
         is_late: whether the time was up while it was generated.
+        forced: the tokens that the last of so many is forced to be.
     """
+    if len(tokens) >= most and tokens[-1] in forced:
+        return Generated(tokens, LENGTH)
     if tokens and tokens[-1] in ends:
         return Generated(tokens, STOP)
     if len(tokens) >= most:

@@ -81,7 +81,7 @@ def for_answering(
     held_config: GenerationConfig, options: AnsweringOptions, pad_token_id: int
 ) -> GenerationConfig:
     """The settings of one batch: those that hold, and what the answering options say."""
-    sampled = options.temperature > 0
+    sampled = options.is_sampled
     values = held_config.to_dict() | {
         "max_new_tokens": options.max_response_tokens,
         "max_length": None,

@@ -17,7 +17,15 @@ import torch
 from helpers.model_handler.engines import generation_settings
 from helpers.model_handler.engines.deadline import Deadline
 from helpers.model_handler.engines.engine import STOP, Generated, as_set, generated
-from helpers.model_handler.engines.neighbours import HALF_PRECISION_TOLERANCE, TOLERANCE, Company, establish
+from helpers.model_handler.engines.neighbours import (
+    HALF_PRECISION_TOLERANCE,
+    TOLERANCE,
+    Company,
+    Memory,
+    Mixing,
+    establish,
+    mixing,
+)
 from helpers.model_handler.engines.single_row import is_worthwhile, speed_up_single_rows
 from helpers.model_handler.options import AnsweringOptions
 from helpers.models.architecture import response_positions_of
@@ -52,6 +60,8 @@ class TorchEngine:
         self.generation_config = model.generation_config = generation_settings.held(model.generation_config)
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._pad_token_id = self._choose_pad_token()
+        self._mixing = mixing(self.config, self.generation_config)
+        self._memory = Memory(model)
         self._prefix = _Prefix(model)
         if name == "torch" and is_worthwhile(model.device, model.dtype):
             speed_up_single_rows(model)
@@ -62,9 +72,12 @@ class TorchEngine:
     ) -> list[Generated]:
         """See `Engine.generate`."""
         deadline = Deadline(options.max_response_seconds)
+        self._memory.forget()
+        if not all(self._mixing.allows(len(one), options.max_response_tokens) for one in prompts):
+            prefix_tokens = 0  # a longer prompt may need another state after the same tokens
         kept = self._prefix.state(prompts, prefix_tokens) if prefix_tokens else None
         batch = self._padded(prompts, prefix_tokens if kept is not None else 0)
-        if options.temperature > 0 and options.seed is not None:
+        if options.is_sampled and options.seed is not None:
             torch.manual_seed(options.seed)
         settings = generation_settings.for_answering(self.generation_config, options, self._pad_token_id)
         # A decoder with learned positions has no more tokens to give than positions.
@@ -83,10 +96,11 @@ class TorchEngine:
         start = 1 if self._is_encoder_decoder else batch["input_ids"].shape[1]
         # Without what follows the end: padding need not be a token that decoding leaves out.
         ends = as_set(self.generation_config.eos_token_id)
+        forced = as_set(self.generation_config.forced_eos_token_id)
         responses = [_until_end(ids, ends) for ids in output[:, start:].tolist()]
         return [
             self._ended_by_text(prompt, ids)
-            or generated(ids, ends, settings.max_new_tokens, deadline.has_passed)
+            or generated(ids, ends, settings.max_new_tokens, deadline.has_passed, forced)
             for prompt, ids in zip(prompts, responses, strict=True)
         ]
 
@@ -110,6 +124,10 @@ class TorchEngine:
         """See `Engine.company`; the model is asked."""
         return establish(self._next_logits, samples, self.model.dtype)
 
+    def mixing(self) -> Mixing:
+        """See `Engine.mixing`."""
+        return self._mixing
+
     def why_not(self, options: AnsweringOptions) -> str:
         """See `Engine.why_not`: every option is understood."""
         return ""
@@ -126,9 +144,13 @@ class TorchEngine:
         return 0
 
     def _padded(self, prompts: Sequence[list[int]], prefix_tokens: int = 0) -> dict[str, torch.Tensor]:
-        """A batch of encoded prompts, padded to the longest, with the mask that says what is padding."""
+        """A batch of encoded prompts, padded to the longest, with the mask that says what is padding.
+
+        Each is padded with its own first token: settings that look at which tokens a row has, such as a
+        repetition penalty, find none that the prompt has not.
+        """
         longest = max(map(len, prompts))
-        tokens = torch.full((len(prompts), longest), self._pad_token_id, dtype=torch.long)
+        tokens = torch.tensor([prompt[0] for prompt in prompts])[:, None].repeat(1, longest)
         mask = torch.zeros_like(tokens)
         for row, prompt in enumerate(prompts):
             # A causal model continues after the last position, which must hold the prompt's last token. An
