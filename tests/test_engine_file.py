@@ -23,10 +23,12 @@ from helpers.load_state_dict.engine_file import (
     make,
     put_beside,
     read_engine_file,
+    reference,
     why_not,
 )
 from helpers.load_state_dict.engine_file.description import DESCRIPTION, engine_folder
 from helpers.load_state_dict.engine_file.variables import JoiningLater, _Joined
+from helpers.load_state_dict.mapped_model import load_model
 from helpers.model_handler import AnsweringOptions, LanguageModelHandler, Response
 from helpers.model_handler.engines import choice, ctranslate2_engine
 from helpers.model_handler.engines.ctranslate2_engine import STEP_ROWS, groups_by_length, why_not_on_gpu
@@ -498,6 +500,21 @@ def test_parts_of_a_model_in_bfloat16_are_widened_together(tmp_path, monkeypatch
         convert(str(tmp_path / "t5"), path, dtype, progress=False)
         model = load(str(path), tmp_path / "cache")
         assert texts(model) == texts(load(str(path), tmp_path / "cache", engine="torch"))
+
+
+def test_a_sample_is_the_same_however_much_of_the_model_is_widened_at_once(tmp_path, monkeypatch):
+    """A list of layers that is small enough would be taken for a part, and is never called."""
+    for kind in ("t5_distinct", "llama"):
+        save_checkpoint(kind, tmp_path / kind)
+        convert(str(tmp_path / kind), tmp_path / f"{kind}.pt", progress=False)
+        model, _ = load_model(tmp_path / f"{kind}.pt", tmp_path / kind, as_stored=True)
+        sizes = {4 * sum(p.numel() for p in module.parameters()) for module in model.modules()}
+        samples = []
+        for size in sorted(sizes):
+            monkeypatch.setattr(reference, "PART_BYTES", size)
+            samples.append(reference.reference_of(model.eval(), 0, lambda weight: None).log_probabilities)
+        assert len(samples) > 5
+        assert all(one == pytest.approx(samples[-1], abs=1e-4) for one in samples)
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), OSError(28, "No space left on device")])

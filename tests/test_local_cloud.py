@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from google.api_core import exceptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.local_cloud import LocalCloudError, launch, start
+from helpers.local_cloud import Child, LocalCloudError, launch, start
 from helpers.local_cloud.front.certificates import make_certificate, server_context
 from helpers.local_cloud.front.environment import no_proxy
 from helpers.local_cloud.front.http_server import Request, Router
@@ -40,6 +41,17 @@ def no_user_proxy(monkeypatch):
     """As if the user had no proxy, whatever else the tests have set."""
     for name in (*PROXY_VARIABLES, "grpc_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory) -> Iterator[Child]:
+    """A local cloud that lets other hosts through, on a machine whose user has no proxy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*PROXY_VARIABLES, "grpc_proxy", "no_grpc_proxy"):
+            patch.delenv(name, raising=False)
+        child = launch(tmp_path_factory.mktemp("online"))
+    with child:
+        yield child
 
 
 # A server and a proxy of the tests' own
@@ -250,14 +262,13 @@ def test_plain_http_to_googles_hosts_is_refused(cloud, url):
         "[fe80::1]",
     ],
 )
-def test_no_spelling_of_a_metadata_servers_address_gets_out(host, no_user_proxy, tmp_path):
-    with launch(tmp_path) as online:
-        for request in (f"GET http://{host}/computeMetadata/v1/", f"CONNECT {host}:80"):
-            connection, head = ask_proxy(online.environment, request)
-            connection.close()
-            # A tunnel to Google's own metadata server ends on this machine.
-            assert head.startswith(("HTTP/1.1 403 refused", "HTTP/1.1 200 Connection established")), head
-            assert request.startswith("CONNECT") or "403" in head
+def test_no_spelling_of_a_metadata_servers_address_gets_out(host, online):
+    for request in (f"GET http://{host}/computeMetadata/v1/", f"CONNECT {host}:80"):
+        connection, head = ask_proxy(online.environment, request)
+        connection.close()
+        # A tunnel to Google's own metadata server ends on this machine.
+        assert head.startswith(("HTTP/1.1 403 refused", "HTTP/1.1 200 Connection established")), head
+        assert request.startswith("CONNECT") or "403" in head
 
 
 def test_a_host_whose_name_leads_to_a_metadata_server_is_refused(monkeypatch):

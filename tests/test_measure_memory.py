@@ -59,10 +59,11 @@ def test_predictions_are_within_a_tenth_of_what_is_measured(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_predictions_for_the_second_engine_are_within_a_tenth_too(tmp_path):
+@pytest.mark.parametrize("model", [SMALL, pytest.param(BASE, marks=pytest.mark.slow)])
+def test_predictions_for_the_second_engine_are_within_a_tenth_too(model, tmp_path):
     methods = ("ctranslate2-int8", "ctranslate2-float32")
     workload = {"batch_size": 16, "prompt_tokens": 128, "response_tokens": 16}
-    rows = compared(model_name=BASE, methods=methods, folder=tmp_path, **workload)
+    rows = compared(model_name=model, methods=methods, folder=tmp_path, **workload)
     assert [(row.method, row.phase) for row in rows] == [(method, "serve") for method in methods]
 
 

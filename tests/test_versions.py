@@ -181,7 +181,7 @@ def test_of_two_conversions_to_one_path_one_is_whole_and_the_other_is_told(
     overwrite, path, models, whole, tmp_path
 ):
     moments = random.Random(int(overwrite))
-    for attempt in range(6):
+    for attempt in range(4):
         if overwrite and attempt == 0:
             convert(models["one"], path, progress=False)
         kill = attempt % 2 == 1

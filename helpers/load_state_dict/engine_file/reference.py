@@ -82,8 +82,10 @@ def _parts(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The parts that are widened at once: as large as they may be."""
     numbers = sum(parameter.numel() for parameter in module.parameters())
     children = list(module.children())
-    # A block of layers looks at its layers' dtypes, so these are widened together.
-    if numbers * 4 <= PART_BYTES or not any(list(child.children()) for child in children):
+    # A list of layers is never called itself. A block of layers looks at their dtypes, so these are widened
+    # together.
+    is_list = isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)
+    if not is_list and (numbers * 4 <= PART_BYTES or not any(list(child.children()) for child in children)):
         yield module
         return
     for child in children:
