@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: install run test test-all check badges bench bench-engines lint format notebooks pictures lab clean help
+.PHONY: install run test test-all check badges bench bench-engines lint format notebooks pictures lab clean clean-cache help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -63,5 +63,8 @@ pictures: $(INSTALLED) ## make the README's picture from the notebooks' outputs
 lab: $(INSTALLED) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
-clean: ## remove what the notebooks left: executed copies and the local cloud's objects
-	rm -rf out .local_cloud
+clean: ## remove what the notebooks left on the local cloud
+	rm -rf .local_cloud
+
+clean-cache: ## remove what was downloaded and made beside it: models, and copies for workers
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/streaming-llm"

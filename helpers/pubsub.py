@@ -34,6 +34,8 @@ from helpers.files import access
 # How long, in seconds, a pull waits for a first message before it is repeated.
 PULL_SECONDS = 5
 
+DELETED_TOPIC = "_deleted-topic_"  # of a subscription that has outlived its topic
+
 PUBLISH_SECONDS = 60
 MAX_REQUEST_MESSAGES = 1000
 MAX_REMEMBERED = 1_000_000
@@ -81,7 +83,13 @@ def create_subscription(
         except AlreadyExists:
             if replace:
                 raise
-            if (own := subscriber.get_subscription(subscription=path).topic) != topic:
+            if (own := subscriber.get_subscription(subscription=path).topic) == DELETED_TOPIC:
+                raise ValueError(
+                    f"The topic of {path} was deleted, so that nothing new comes to it. Delete it too, with "
+                    f"its messages, and run this again: gcloud pubsub subscriptions delete {name} "
+                    f"--project={topic.split('/')[1]}"
+                ) from None
+            if own != topic:
                 raise ValueError(f"{path} is a subscription to {own}, not to {topic}.") from None
     return path
 

@@ -88,3 +88,13 @@ def test_a_drain_that_never_ends_is_cancelled(guard):
 def test_a_service_that_is_unreachable_for_a_while_is_asked_again(guard):
     state, job = guard(faults=[ServiceUnavailable("not now")] * 20)
     assert (state, len(job.asked)) == ("DRAINED", 1)
+
+
+def test_whoever_interrupts_a_wait_is_told_that_the_job_goes_on(monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job_module.Job, "state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job_module.Job("a-project", "a-region", "an-id").wait_for("RUNNING")
+    assert "drain --project=a-project --region=a-region an-id" in capsys.readouterr().err

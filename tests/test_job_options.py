@@ -338,6 +338,15 @@ def test_a_label_that_dataflow_refuses_is_refused_before_it_is_asked(label, capt
     assert capture("--labels=team=ml_1-a")["labels"]["team"] == "ml_1-a"
 
 
+def test_labels_may_be_a_json_object_as_beam_takes_them(capture):
+    labels = capture('--labels={"team": "ml", "mass": "1_3kg"}', "--labels=step=try")["labels"]
+    assert labels["series"] == "streaming-llm"
+    assert (labels["team"], labels["mass"], labels["step"]) == ("ml", "1_3kg", "try")
+    for wrong in ('{"team"', '{"Team": "ml"}'):
+        with pytest.raises(OptionError, match="--labels"):
+            capture(f"--labels={wrong}")
+
+
 def test_workers_without_an_image_install_the_tested_versions(tmp_path):
     options = PipelineOptions(["--machine_type=n4-standard-2"])
     job_options.stage_helpers(options, str(tmp_path), AnsweringOptions(), "https://torch.example/cpu")

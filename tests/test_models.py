@@ -86,6 +86,18 @@ def test_an_unreachable_hub_is_one_clear_error(ask, no_hub):
         ask("someone/some-model")
 
 
+@pytest.mark.parametrize("name", ["flan-t5-xl", "google/flan-t5-x", "goggle/flan-t5-xl"])
+def test_a_name_that_is_nearly_one_of_ours_is_asked_about(name, monkeypatch):
+    from huggingface_hub import HfApi, errors
+
+    def unknown(*_, **__):
+        raise errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
+
+    monkeypatch.setattr(HfApi, "model_info", unknown)
+    with pytest.raises(ModelError, match=r"Do you mean google/flan-t5-x[lx]+\?"):
+        load_config(name)
+
+
 @pytest.mark.parametrize("ask", [resolve, load_config])
 def test_a_name_that_the_hub_could_not_have_is_refused(ask):
     with pytest.raises(ModelError, match="owner/name"):

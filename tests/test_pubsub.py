@@ -95,6 +95,15 @@ def test_a_subscription_that_is_to_be_kept_keeps_its_messages(topic, cloud, caps
     pubsub.delete(subscription, other)
 
 
+def test_a_subscription_that_has_outlived_its_topic_says_what_to_do(topic):
+    name = topic.rpartition("/")[2]
+    pubsub.create_subscription(topic, name)
+    pubsub.delete(topic)
+    pubsub.create_topic(topic.split("/")[1], name)
+    with pytest.raises(ValueError, match=f"gcloud pubsub subscriptions delete {name} --project="):
+        pubsub.create_subscription(topic, name, replace=False)
+
+
 def test_prompts_are_asked_beside_other_readers(topic, cloud, capsys):
     """A thread stands in for the job: it answers what it reads."""
     name = topic.split("/")[-1]

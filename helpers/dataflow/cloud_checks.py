@@ -60,6 +60,9 @@ def check_apis(project: str) -> Iterator[Finding]:
     except (GoogleAuthError, RequestException, ValueError) as error:
         yield Finding(subject, SKIPPED, f"Service Usage could not be asked: {error}")
         return
+    if services is None and answer.status_code == 501:
+        yield Finding(subject, SKIPPED, "the local cloud has no Service Usage")
+        return
     if services is None:
         yield Finding(subject, SKIPPED, f"Service Usage could not be asked: status {answer.status_code}")
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,16 +136,30 @@ class Job:
             JobError: the job ended in another state, or the time is up.
         """
         deadline = time.monotonic() + timeout
-        while (state := self.state()) not in states:
-            if state in TERMINAL:
-                raise JobError(f"The job ended as {state}. {self._why()}\nSee {self.url}")
-            if time.monotonic() > deadline:
-                raise JobError(
-                    f"After {timeout:.0f} s the job is still {state}, not {' or '.join(states)}. It goes on: "
-                    f"look at {self.url}, wait longer, or cancel it."
-                )
-            time.sleep(POLL_SECONDS)
+        with self._goes_on():
+            while (state := self.state()) not in states:
+                if state in TERMINAL:
+                    raise JobError(f"The job ended as {state}. {self._why()}\nSee {self.url}")
+                if time.monotonic() > deadline:
+                    raise JobError(
+                        f"After {timeout:.0f} s the job is still {state}, not {' or '.join(states)}. It goes "
+                        f"on: look at {self.url}, wait longer, or cancel it."
+                    )
+                time.sleep(POLL_SECONDS)
         return state
+
+    @contextlib.contextmanager
+    def _goes_on(self) -> Iterator[None]:
+        """Tells whoever interrupts a wait that the job does not end with it."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            print(
+                f"Interrupted. The job {self.job_id} goes on, and costs money; to end it: python -m "
+                f"helpers.dataflow drain --project={self.project} --region={self.location} {self.job_id}",
+                file=sys.stderr,
+            )
+            raise
 
     def messages(self, minimum: Importance = Importance.JOB_MESSAGE_BASIC) -> list[dataflow.JobMessage]:
         """The job's messages of at least this importance, oldest first."""
@@ -229,7 +245,8 @@ class Job:
             left = began + seconds - time.monotonic()
             if state in TERMINAL or left <= 0:
                 return
-            time.sleep(min(every, left))
+            with self._goes_on():
+                time.sleep(min(every, left))
 
     def scale(self, least: int, most: int) -> None:
         """Changes the range of workers that the running job may use.

@@ -28,7 +28,7 @@ from apache_beam.options.pipeline_options import (
 
 from helpers.dataflow.job_guard import CANCEL_AFTER_DRAINING_SECONDS, DRAIN_LABEL
 from helpers.dataflow.worker_image import WORKER
-from helpers.files.labels import SERIES, check_label, label_value
+from helpers.files.labels import SERIES, label_value, labels_in
 from helpers.files.package import build_wheel
 from helpers.load_state_dict import Manifest, read_companion, read_manifest
 from helpers.load_state_dict.engine_file.description import ENGINE
@@ -354,10 +354,11 @@ def _set_labels(cloud: GoogleCloudOptions, model_name: str, max_run_minutes: flo
     labels = {**SERIES, "step": "deploy", "model": label_value(Path(model_name).name)}
     if max_run_minutes is not None:
         labels[DRAIN_LABEL] = str(math.ceil(time.time() + max_run_minutes * 60))
-    for label in cloud.labels or []:
+    own = []
+    for given in cloud.labels or []:
         try:
-            check_label(label)
+            own += labels_in(given)
         except ValueError as error:
             raise OptionError(f"--labels: {error}.") from error
     # The user's labels come last, and so win.
-    cloud.labels = [f"{key}={value}" for key, value in labels.items()] + (cloud.labels or [])
+    cloud.labels = [f"{key}={value}" for key, value in labels.items()] + own

@@ -1,5 +1,6 @@
 """Job labels in the form that Google Cloud accepts."""
 
+import json
 import re
 
 SERIES = {"series": "streaming-llm"}
@@ -14,12 +15,27 @@ def label_value(text: str) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-")[:63].strip("-")
 
 
-def check_label(text: str) -> None:
-    """Checks a label as a command line has it, `KEY=VALUE`.
+def labels_in(text: str) -> list[str]:
+    """The labels of a command line's argument, which is `KEY=VALUE`, or a JSON object as Beam takes it too.
+
+    Returns:
+        `KEY=VALUE` for each.
 
     Raises:
-        ValueError: the services would refuse it.
+        ValueError: it is neither, or the services would refuse one.
     """
+    labels = [text]
+    if text.lstrip().startswith("{"):
+        try:
+            labels = [f"{key}={value}" for key, value in json.loads(text).items()]
+        except ValueError as error:
+            raise ValueError(f"{text!r} is no JSON object: {error}") from error
+    for label in labels:
+        _check(label)
+    return labels
+
+
+def _check(text: str) -> None:
     key, _, value = text.partition("=")
     is_key = re.fullmatch(r"(?=[^\W\d_])[\w-]{1,63}", key) and not key.startswith("goog")
     if not is_key or not re.fullmatch(r"[\w-]{0,63}", value) or text != text.lower():

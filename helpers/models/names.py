@@ -12,6 +12,7 @@ Nothing downloaded is ever unpickled here, and safetensors are preferred.
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,6 +149,8 @@ def _hub_error(model_name: str, error: Exception) -> ModelError:
         why = "is neither a folder nor a valid hub name: give `owner/name`, or a path to a folder."
     elif is_one_of(errors.RepositoryNotFoundError):
         why = "is neither a folder here nor a public model on the hub: check the spelling of `owner/name`."
+        if meant := _close_to(model_name):
+            why += f" Do you mean {meant}?"
     elif is_one_of(ConnectionError, errors.OfflineModeIsEnabled) or any(
         word in type(c).__name__ for c in causes for word in ("Connect", "Timeout", "Proxy")
     ):
@@ -158,3 +161,11 @@ def _hub_error(model_name: str, error: Exception) -> ModelError:
     else:
         why = f"could not be read: {error}"
     return ModelError(f"{model_name!r} {why}")
+
+
+def _close_to(model_name: str) -> str | None:
+    """The model of these notebooks' that a name is nearly that of, with its owner or without."""
+    known = [file.stem.replace("--", "/") for file in CONFIGS.glob("*--*.json")]
+    names = {name.partition("/")[2]: name for name in known} | {name: name for name in known}
+    close = difflib.get_close_matches(model_name, names, 1)
+    return names[close[0]] if close else None
