@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _ask(given)
     except GoogleAuthError as error:
-        mend = "run `gcloud auth application-default login`, or try it with python -m helpers.local_cloud"
+        mend = f"{access.log_in()}, or try it with python -m helpers.local_cloud"
         print(f"error: no credentials for Google Cloud: {mend}. ({error})", file=sys.stderr)
         return 1
     except Forbidden as error:

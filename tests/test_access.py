@@ -68,3 +68,10 @@ def test_a_message_that_names_nothing_is_explained_by_the_call():
     assert "ask its owner" in access.advice("No.", "p")
     off = "Pub/Sub API has not been used in project 1 before or it is disabled. pubsub.googleapis.com"
     assert "gcloud services enable pubsub.googleapis.com --project=p" in access.advice(off, "p")
+
+
+def test_without_credentials_one_logs_in_unless_their_file_is_gone(monkeypatch, tmp_path):
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    assert access.log_in() == "run `gcloud auth application-default login`"
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "gone.json"))
+    assert "gone.json, which GOOGLE_APPLICATION_CREDENTIALS names, is gone" in access.log_in()

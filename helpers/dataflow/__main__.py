@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments)
     except GoogleAuthError as error:
-        mend = "run `gcloud auth application-default login`, or try it with python -m helpers.local_cloud"
+        mend = f"{access.log_in()}, or try it with python -m helpers.local_cloud"
         print(f"error: no credentials for Google Cloud: {mend}. ({error})", file=sys.stderr)
         return 1
     except Forbidden as error:

@@ -270,7 +270,7 @@ def _is_path(path: str, kind: str) -> bool:
 
 def not_asked(subject: str, error: Exception, role: str) -> Finding:
     if isinstance(error, GoogleAuthError):
-        return Finding(subject, MISS, said(error), "gcloud auth application-default login")
+        return Finding(subject, MISS, said(error), access.log_in())
     if isinstance(error, Forbidden):
         return Finding(subject, MISS, said(error), f"grant the account in use {role}")
     return Finding(subject, SKIPPED, f"it could not be checked: {said(error)}")

@@ -130,7 +130,7 @@ def submit(
     except DataflowJobAlreadyExistsError as error:  # submitted by somebody else in the meantime
         raise JobError(str(error)) from error
     except GoogleAuthError as error:
-        raise JobError(f"No credentials: run `gcloud auth application-default login`. ({error})") from error
+        raise JobError(f"No credentials: {access.log_in()}. ({error})") from error
     except Forbidden as error:
         raise JobError(access.explain(error, project)) from error
     except GoogleAPICallError as error:

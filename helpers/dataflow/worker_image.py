@@ -123,7 +123,7 @@ def build_image(
             f"--location={location} --project={project}"
         ) from error
     except GoogleAuthError as error:
-        raise ImageError(f"No credentials: run `gcloud auth application-default login`. ({error})") from error
+        raise ImageError(f"No credentials: {access.log_in()}. ({error})") from error
     except GoogleAPICallError as error:
         raise ImageError(
             f"The build failed ({error.message}): its log is at "

@@ -10,6 +10,7 @@ default the project's Compute Engine account), and the accounts of *builds* and 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -215,6 +216,17 @@ def roles_for(missing: Iterable[str], who: str = YOU) -> list[str]:
     """The roles of the table that grant permissions, as `roles/NAME`."""
     wanted = set(missing)
     return [f"roles/{need.role}" for need in TABLE if need.who == who and wanted & set(need.permissions)]
+
+
+def log_in() -> str:
+    """What to do where there are no credentials."""
+    file = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS", "")
+    if file and not os.path.exists(file):
+        return (
+            f"{file}, which GOOGLE_APPLICATION_CREDENTIALS names, is gone, as a local cloud's is once that "
+            "has ended: open a new shell, or start the local cloud again around the command"
+        )
+    return "run `gcloud auth application-default login`"
 
 
 def session_of(project: str) -> AuthorizedSession:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.files import access
 from helpers.files.names import inside
 from helpers.files.transfer import (
     CHUNK_BYTES,
@@ -351,8 +352,6 @@ def _explained(path: str | os.PathLike) -> Iterator[None]:
             f"{path} was written by somebody else in the meantime: look at it first"
         ) from error
     except GoogleAuthError as error:
-        raise PermissionError(
-            f"no credentials for {path} ({error}): run `gcloud auth application-default login`"
-        ) from error
+        raise PermissionError(f"no credentials for {path} ({error}): {access.log_in()}") from error
     except (exceptions.GoogleAPIError, requests.RequestException) as error:
         raise StorageError(f"{path}: {error}; check the connection, then try again") from error

@@ -136,7 +136,7 @@ def _why_not_started(error: Exception, project: str, location: str) -> str:
     from google.auth.exceptions import GoogleAuthError
 
     if isinstance(error, GoogleAuthError):
-        todo = "run `gcloud auth application-default login`"
+        todo = access.log_in()
     elif isinstance(error, Forbidden):
         todo = access.advice(str(error), project, "aiplatform.customJobs.create")
     elif isinstance(error, NotFound):

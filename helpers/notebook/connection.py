@@ -183,8 +183,8 @@ def _create_bucket(connection: Connection) -> None:
             make_bucket(client, connection.bucket, connection.location)
     except GoogleAuthError as error:
         raise ConnectionFailed(
-            "There are no credentials for Google Cloud here. Run `gcloud auth application-default login`, or "
-            f'leave the parameter project empty (project = "") to use this machine. ({error})'
+            f"There are no credentials for Google Cloud here: {access.log_in()}, or leave the parameter "
+            f'project empty (project = "") to use this machine. ({error})'
         ) from error
     except (ValueError, exceptions.BadRequest) as error:
         said = getattr(error, "message", error)
