@@ -100,3 +100,9 @@ def test_a_converted_copy_that_was_changed_is_made_anew(llama, tmp_path):
     content = made.read_bytes()
     made.write_bytes(content[:-1000])
     assert fetch(llama, torch.bfloat16, tmp_path / "cache").file.read_bytes() == content
+
+
+def test_a_place_where_none_can_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CacheError, match="name another place for copies with STATE_DICT_CACHE"):
+        private_folder(tmp_path / "file" / "cache" / "folder")

@@ -1,5 +1,6 @@
 """Where this package keeps on this machine what it has downloaded or made."""
 
+import errno
 import os
 import shutil
 import stat
@@ -26,12 +27,21 @@ def private_folder(folder: str | Path) -> Path:
         folder: the folder, which is made with those above it.
 
     Raises:
-        CacheError: another user owns the folder, or the one above it, and could put another in its place.
-        OSError: it cannot be made.
+        CacheError: it cannot be made there; or another user owns the folder, or the one above it, and could
+            put another in its place.
+        OSError: the disk is full, or broken.
     """
     folder = Path(folder)
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise CacheError(
+            f"{folder} cannot be made ({error.strerror}): name another place for copies with "
+            "STATE_DICT_CACHE or XDG_CACHE_HOME"
+        ) from error
     if not hasattr(os, "geteuid"):  # Windows has other permissions, and a user's folders are the user's
         return folder
     found, above = folder.lstat(), folder.parent.stat()
