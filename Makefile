@@ -27,10 +27,10 @@ run: $(INSTALLED) ## run the notebooks in order on this machine, into out/
 	$(PY) tools/run_notebooks.py --out out
 
 test: $(INSTALLED) ## the tests
-	$(PY) -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(INSTALLED) ## the tests, those that take minutes too
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: $(INSTALLED) ## measure side by side, into out/bench.json and out/engines: PEERS=--peers for others too
 	$(PY) tools/bench.py --out out/bench.json

@@ -49,7 +49,10 @@ def pytest_configure() -> None:
 
 
 # A file is one process's from its beginning to its end: the longest come first, or the others wait for them.
-HEAVY = ("test_notebooks", "test_local_dataflow", "test_dataflow", "test_architectures", "test_versions")
+HEAVY = (
+    *("test_notebooks", "test_local_dataflow", "test_dataflow", "test_versions", "test_engine_file"),
+    *("test_documented_commands", "test_vertex_conversion", "test_architectures", "test_measure_memory"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
