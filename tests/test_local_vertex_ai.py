@@ -17,6 +17,8 @@ from google.cloud.aiplatform_v1.types import JobState
 
 from helpers.local_cloud.processes import sandbox
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process may leave its session")
+
 LOCATION = "us-central1"
 PREBUILT_IMAGE = "us-docker.pkg.dev/vertex-ai/training/pytorch-cpu.2-4.py310:latest"
 OTHER_IMAGE = "python:3.11"
@@ -180,21 +182,30 @@ def test_a_sandbox_sees_the_environment_but_not_the_project(tmp_path):
     assert "streaming-llm-helpers" not in in_sandbox(box, "pip list")
 
 
-def test_a_job_dies_with_the_process_that_started_it(tmp_path):
+@pytest.mark.parametrize("end", ["kill", "stop"])
+@pytest.mark.parametrize("own_session", [False, pytest.param(True, marks=on_linux)])
+def test_a_job_ends_with_its_starter_and_all_its_processes_with_it(tmp_path, own_session, end):
     code = f"""
-import os, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from helpers.local_cloud.processes.process_group import ProcessGroup
-command = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
-ProcessGroup(command, Path({str(tmp_path)!r}), dict(os.environ), open({str(tmp_path / "log")!r}, "wb"))
-time.sleep(600)
+sleeper = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+if {own_session}:
+    start = f"import subprocess; subprocess.Popen({{sleeper}}, start_new_session=True).wait()"
+    command = [sys.executable, "-c", start]
+else:
+    command = sleeper
+log = open({str(tmp_path / "log")!r}, "wb")
+group = ProcessGroup(command, Path({str(tmp_path)!r}), dict(os.environ), log)
+sys.stdin.readline()
+group.stop(grace_seconds=0.1)
 """
-    starter = subprocess.Popen([sys.executable, "-c", code])
+    starter = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     log = tmp_path / "log"
     wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
     pid = int(log.read_text())
     assert psutil.pid_exists(pid)
-    starter.kill()
+    starter.kill() if end == "kill" else starter.communicate(b"\n")
     starter.wait()
     wait_until(lambda: not psutil.pid_exists(pid))
 

@@ -85,7 +85,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "list":
         rows = [listed.row() for listed in list_series(*where)]
         if arguments.json:
-            print(json.dumps([row | {"overdue": bool(row["overdue"])} for row in rows], indent=2))
+            rows = [row | {"overdue": bool(row["overdue"])} for row in rows]
+            print(json.dumps(rows, indent=2, ensure_ascii=False))
         else:
             for row in rows:
                 _print(row)

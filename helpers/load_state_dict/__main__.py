@@ -1,6 +1,7 @@
 """The command line: `local` converts on this machine, `vertex` in a Vertex AI custom job."""
 
 import argparse
+import signal
 import sys
 
 from helpers.load_state_dict import convert, vertex
@@ -77,4 +78,5 @@ def _add_vertex_flags(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that scratch files are removed
     sys.exit(main())

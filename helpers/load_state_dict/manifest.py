@@ -73,7 +73,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def describes(self, state_dict_path: str | os.PathLike) -> bool:
         """Whether the file or object at a path is, by its size and checksum, the one that was written.

@@ -18,6 +18,7 @@ from helpers.files import access
 from helpers.files.buckets import make_bucket
 from helpers.files.cache import cache_folder
 from helpers.notebook.interaction import check_types
+from helpers.notebook.scratch import keep_temporary_files
 
 _local: local_cloud.Child | None = None
 _google_project = ""
@@ -78,6 +79,7 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
     if shell := _shell():
         check_types(shell.user_ns)
     quiet()
+    keep_temporary_files()
     is_local = not project
     if is_local and _google_project:
         # Clients that exist already would go on talking to Google.

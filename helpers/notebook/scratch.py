@@ -18,6 +18,14 @@ def scratch_folder() -> Path:
     return Path(folder)
 
 
+@cache
+def keep_temporary_files() -> None:
+    """Puts this kernel's temporary files into one folder that goes with it: Beam leaves a folder of each
+    pipeline that a notebook makes."""
+    tempfile.tempdir = tempfile.mkdtemp(prefix="streaming-llm-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+
+
 def clean_up() -> None:
     """Removes what is in the scratch folder."""
     for path in scratch_folder().iterdir():

@@ -109,7 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MachineTypeError, ModelError, SizingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps([sizing.to_json() for sizing in sizings], indent=2) if as_json else table(sizings))
+    if as_json:
+        print(json.dumps([sizing.to_json() for sizing in sizings], indent=2, ensure_ascii=False))
+    else:
+        print(table(sizings))
     return 0
 
 

@@ -79,7 +79,7 @@ class EngineFile:
 
     def to_json(self) -> str:
         """The text of engine.json."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def why_not_for(self, manifest: Manifest) -> str:
         """Why it cannot serve this version of a state dict on this machine; empty if it can."""

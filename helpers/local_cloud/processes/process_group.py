@@ -1,13 +1,14 @@
 """Starts a command that ends, with everything it started, when asked or when this process ends.
 
-This file is also the program that stands guard: it runs the command in a session of its own, and kills that
-whole session when its own standard input closes, which happens however the starter ends, or when its parent
-process changes.
+This file is also the program that stands guard: it runs the command in a session of its own, and kills all
+that the command started when the command ends, when its own standard input closes, which happens however the
+starter ends, or when its parent process changes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -20,10 +21,11 @@ from typing import IO
 
 CHECK_SECONDS = 1.0
 COMMAND_NOT_FOUND = 127  # as a shell reports it
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class ProcessGroup:
-    """A running command and its descendants, save those that leave its session."""
+    """A running command and its descendants; on macOS, without those that leave its session."""
 
     def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str], log: IO[bytes]):
         self._guard = subprocess.Popen(
@@ -51,7 +53,7 @@ class ProcessGroup:
             return
         self._signal(signal.SIGTERM)
         if self.wait(grace_seconds) is None:
-            self._signal(signal.SIGKILL)
+            self._guard.stdin.close()
             self._guard.wait()
 
     def _signal(self, number: int) -> None:
@@ -62,6 +64,8 @@ class ProcessGroup:
 
 def _run(command: list[str]) -> int:
     parent = os.getppid()
+    if sys.platform == "linux":  # orphans become children of this process, those of other sessions too
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, lambda *_: None)  # the command decides; a handler is not inherited
     try:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -74,11 +78,27 @@ def _run(command: list[str]) -> int:
             readable, _, _ = select.select([0], [], [], CHECK_SECONDS)
             if readable and not os.read(0, 1):
                 break
+        _kill_children()
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
     status = child.wait()
+    _kill_children()
     return 128 - status if status < 0 else status
+
+
+def _kill_children() -> None:
+    """Kills this process's descendants, a generation at a time: the children of who is killed come here."""
+    for _ in range(100):
+        lists = Path("/proc/self/task").glob("*/children")
+        children = [int(number) for file in lists for number in file.read_text().split()]
+        if not children:
+            return
+        for number in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(number, 0)
 
 
 if __name__ == "__main__":
