@@ -35,7 +35,7 @@ class Scripted(TorchEngine):
         self.script, self.asked = script, []
         super().__init__(llama(), byte_tokenizer(chat=True))
 
-    def generate(self, prompts, options, prefix_tokens=0):
+    def generate(self, prompts, options, prefix_tokens=0, is_abandoned=None):
         texts = [self._tokenizer.decode(prompt) for prompt in prompts]
         self.asked.append(texts)
         answers = [self.script(text) for text in texts]

@@ -145,13 +145,13 @@ def test_a_prompt_that_is_too_long_is_cut_if_asked_for(state_dicts, load):
 class FailsOn(LanguageModel):
     """Stands for a model on which certain prompts, or batches that are too large, fail."""
 
-    def generate(self, prompts, options=None):
+    def generate(self, prompts, options=None, *more):
         self.sizes.append(len(prompts))
         if len(prompts) > self.largest:
             raise torch.OutOfMemoryError("no memory")
         if any(len(prompt) == self.poison for prompt in prompts):
             raise RuntimeError("poison")
-        return super().generate(prompts, options)
+        return super().generate(prompts, options, *more)
 
 
 def failing(load, path, *, poison=-1, largest=1000) -> FailsOn:

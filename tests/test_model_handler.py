@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import apache_beam as beam
 import pytest
@@ -15,7 +16,7 @@ from conftest import wait_until
 from tiny_models import save_checkpoint
 
 from helpers.load_state_dict import LoadError, WrongModelError, convert
-from helpers.model_handler import NAMESPACE, LanguageModelHandler, served_model
+from helpers.model_handler import NAMESPACE, LanguageModelHandler, engine_thread, served_model
 from helpers.model_handler.engines import choice
 from helpers.model_handler.language_model import Failure
 from helpers.model_handler.local_state_dict import fetch
@@ -350,3 +351,27 @@ def test_a_worker_says_at_start_what_it_is(caplog, llama):
     for part in ("processor", "vCPUs", "torch threads", "memory", "disk", "Python", "transformers"):
         assert part in machine
     assert any("to compute with torch in float32" in one.getMessage() for one in caplog.records)
+
+
+def test_torchs_threads_are_those_of_the_thread_that_computes(llama):
+    before = engine_thread.run(torch.get_num_threads)
+    try:
+        LanguageModelHandler(llama[1], torch_threads=before + 1).load_model()
+        assert engine_thread.run(torch.get_num_threads) == before + 1
+    finally:
+        torch.set_num_threads(before)
+        engine_thread.run(lambda: torch.set_num_threads(before))
+
+
+def test_prompts_of_many_threads_are_answered_as_each_alone_and_together(llama, tmp_path):
+    handler = LanguageModelHandler(llama[1], max_response_tokens=6, cache_dir=str(tmp_path), recompute=True)
+    model = handler.load_model()
+    prompts = [f"{n % 11} times " * (1 + n % 4) for n in range(48)]
+    alone = [next(iter(handler.run_inference([prompt], model))).inference for prompt in prompts]
+    sizes = []
+    ask = model.generate
+    model.generate = lambda batch, *more: sizes.append(len(batch)) or ask(batch, *more)
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(lambda prompt: next(iter(handler.run_inference([prompt], model))), prompts))
+    assert [result.inference for result in results] == alone
+    assert sum(sizes) == len(prompts) and len(sizes) < len(prompts)

@@ -29,7 +29,7 @@ class Thinker(TorchEngine):
         self.says = says
         super().__init__(llama(), tokenizer)
 
-    def generate(self, prompts, options, prefix_tokens=0):
+    def generate(self, prompts, options, prefix_tokens=0, is_abandoned=None):
         ids = self._tokenizer(self.says)["input_ids"]
         most = options.max_response_tokens
         return [Generated(ids[:most], "length" if len(ids) > most else "stop") for _ in prompts]

@@ -16,6 +16,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from helpers.load_state_dict import companion_folder
+from helpers.model_handler import engine_thread
 from helpers.model_handler.answers import Batch, Failure, Response
 from helpers.model_handler.engines.ctranslate2_engine import why_not
 from helpers.model_handler.engines.engine import TIME
@@ -76,7 +77,9 @@ class LanguageModelHandler(ModelHandler[Prompt, PredictionResult, LanguageModel]
             WrongModelError: it was made from another model.
         """
         if self._options.torch_threads:
-            torch.set_num_threads(self._options.torch_threads)
+            threads = self._options.torch_threads
+            torch.set_num_threads(threads)
+            engine_thread.run(lambda: torch.set_num_threads(threads))  # one that has computed keeps its own
         language_model = serve(self._source, self._options.reload_seconds)
         language_model.check(self._options)
         if self._replaced:

@@ -7,23 +7,23 @@ latter with their chat template if they have one.
 from __future__ import annotations
 
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from helpers.load_state_dict.mapped_model import LoadError
+from helpers.model_handler import engine_thread
 from helpers.model_handler.answer_schema import InvalidAnswerError, answer_schema
-from helpers.model_handler.answers import Batch, Failure, Response, batches_by_length
+from helpers.model_handler.answers import Batch, Failure, Response
 from helpers.model_handler.encoding import Encoder, panics_as_errors
 from helpers.model_handler.engines.engine import TIME, Engine, Generated, shapes_of
 from helpers.model_handler.engines.neighbours import Company
 from helpers.model_handler.options import AnsweringOptions
 from helpers.model_handler.prompts import Prompt, PromptError, StoppedPromptError
 from helpers.model_handler.reasoning import PUBLISHED, Thinking, divide, named_marks, parse_marks
+from helpers.model_handler.scheduler import Scheduler, describe
 from helpers.models.architecture import positions_of
 
 if TYPE_CHECKING:
@@ -68,9 +68,11 @@ class LanguageModel:
         self._named_marks = named_marks(tokenizer)
         self._checked_options: set[AnsweringOptions] = set()
         self._company: Company | None = None  # established when prompts first share a batch
-        # A runner may call from many threads. Batches take turns: two at once would only share the same
-        # cores, and need the memory of both.
-        self._turn = threading.Lock()
+        self._scheduler = Scheduler(
+            lambda *arguments: self.generate(*arguments),
+            self._bears,
+            lambda: self.engine.mixing(),
+        )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -97,10 +99,13 @@ class LanguageModel:
                 if isinstance(error.__cause__, StoppedPromptError):
                     raise  # the next look may have the time
                 raise OtherModelError(f"it cannot be asked as this one is: {error}") from error
-        with self._turn:
+
+        def swap() -> None:
             self.engine, self.tokenizer, self._encoder = other.engine, other.tokenizer, other._encoder
             self.model_name, self._company = other.model_name, other._company
             self._named_marks = other._named_marks
+
+        engine_thread.run(swap)  # between two batches
 
     def check(self, options: AnsweringOptions) -> None:
         """Checks that the model can answer with these options at all.
@@ -135,21 +140,29 @@ class LanguageModel:
         return ids
 
     def generate(
-        self, prompts: Sequence[list[int]], options: AnsweringOptions | None = None
+        self,
+        prompts: Sequence[list[int]],
+        options: AnsweringOptions | None = None,
+        is_abandoned: Callable[[], bool] = lambda: False,
     ) -> list[Response | Failure]:
         """Answers encoded prompts, all in one batch.
 
         Args:
             prompts: token ids, as `encode` gives them; they need not be of the same length.
             options: how to answer.
+            is_abandoned: asked after each step; true ends it, as if the time were up.
 
         Returns:
             A response for each prompt, in the same order, or a failure where it was not complete in time.
         """
         options = options or AnsweringOptions()
-        prefix_tokens = 0 if options.recompute else self._encoder.prefix_tokens(prompts, options)
-        responses = self.engine.generate(prompts, options, prefix_tokens)
-        return [self._answer_of(*pair, options) for pair in zip(prompts, responses, strict=True)]
+
+        def compute() -> list[Response | Failure]:
+            prefix_tokens = 0 if options.recompute else self._encoder.prefix_tokens(prompts, options)
+            responses = self.engine.generate(prompts, options, prefix_tokens, is_abandoned)
+            return [self._answer_of(*pair, options) for pair in zip(prompts, responses, strict=True)]
+
+        return engine_thread.run(compute)
 
     def _answer_of(
         self, prompt: list[int], found: Generated, options: AnsweringOptions
@@ -196,10 +209,10 @@ class LanguageModel:
             options = AnsweringOptions(truncate=True, max_response_tokens=2)
             found = self.engine.company([self.encode(prompt, options) for prompt in SAMPLE_PROMPTS])
         except torch.OutOfMemoryError as error:  # another time there may be enough
-            log.warning("It could not be established what answers depend on: %s", _describe(error))
+            log.warning("It could not be established what answers depend on: %s", describe(error))
             return Company.NONE
         except Exception as error:  # whatever it is, answering one by one may still work
-            log.warning("It could not be established what answers depend on: %s", _describe(error))
+            log.warning("It could not be established what answers depend on: %s", describe(error))
             found = Company.NONE
         if found is not Company.ANY:
             name = self.engine.config.model_type
@@ -216,14 +229,15 @@ class LanguageModel:
     ) -> list[Response | Failure]:
         """Answers prompts of any length; one that fails does not affect the others.
 
-        Prompts of similar length share a batch, so that little is padded. A batch that fails, for lack of
-        memory for instance, is halved until the prompts that fail stand alone.
+        Prompts of similar length share a batch, so that little is padded; with them those that other threads
+        ask at the same time, with the same options. A batch that fails, for lack of memory for instance, is
+        halved until the prompts that fail stand alone.
 
         Args:
             prompts: texts, records or conversations; see `helpers.model_handler.prompts`.
             options: how to answer. With an `answer_schema`, a response's text is the JSON alone, and what
                 does not fit is a failure that holds the answer.
-            on_batch: called with each batch that was answered.
+            on_batch: called with batches that were answered; each batch is told to one of those who asked.
 
         Returns:
             A response, or the reason why there is none, for each prompt in order.
@@ -243,7 +257,7 @@ class LanguageModel:
             except PromptError as error:
                 results[index] = Failure(str(error))
             except Exception as error:  # a tokenizer's own errors fail this prompt, not its batch
-                results[index] = Failure(_describe(error))
+                results[index] = Failure(describe(error))
         self._answer(encoded, options, on_batch, results)
         if options.answer_schema is not None:
             self._validate(prompts, list(encoded), options, on_batch, results)
@@ -269,7 +283,7 @@ class LanguageModel:
                 again = self._encoder.encode_again(prompts[index], options, fitting.answer, wish)
                 first[index], encoded[index] = fitting, self._checked(again)
             except Exception as error:  # such a prompt keeps its first answer
-                log.info("A prompt is not asked again: %s", _describe(error))
+                log.info("A prompt is not asked again: %s", describe(error))
         self._answer(encoded, options, on_batch, results)
         for index in encoded:
             second = _fitting(results[index], options)
@@ -289,54 +303,9 @@ class LanguageModel:
         results: list[Response | Failure],
     ) -> None:
         """Puts the answers to encoded prompts into `results`, by their indices."""
-        same = {} if options.recompute or options.is_sampled else _repeated(encoded)
-        lengths = {index: len(ids) for index, ids in encoded.items() if index not in same}
-        company = Company.ANY
-        if len(lengths) > 1 and options.max_batch_size > 1:
-            with self._turn:
-                company = self._bears()
-        for batch in batches_by_length(
-            lengths,
-            1 if company is Company.NONE else options.max_batch_size,
-            options.max_batch_tokens,
-            options.max_response_tokens,
-            mixes=lambda length: (
-                company is Company.ANY and self.engine.mixing().allows(length, options.max_response_tokens)
-            ),
-        ):
-            with self._turn:
-                for index, result in self._isolate(batch, encoded, options, on_batch):
-                    results[index] = result
-        for index, first in same.items():
-            results[index] = results[first]
-
-    def _isolate(
-        self,
-        batch: list[int],
-        encoded: dict[int, list[int]],
-        options: AnsweringOptions,
-        on_batch: Callable[[Batch], object],
-    ) -> Iterator[tuple[int, Response | Failure]]:
-        prompts = [encoded[index] for index in batch]
-        started = time.monotonic()
-        try:
-            responses = self.generate(prompts, options)
-        except Exception as error:  # whatever it is, it must not cost the other prompts their answers
-            if _is_broken_device(error):
-                raise  # every prompt of this process would fail: the runner tries again elsewhere
-            reason = _describe(error)
-        else:
-            on_batch(Batch.of(prompts, responses, time.monotonic() - started))
-            yield from zip(batch, responses, strict=True)
-            return
-        if len(batch) == 1:
-            log.warning("A prompt failed: %s", reason)
-            yield batch[0], Failure(reason)
-            return
-        log.warning("A batch of %d prompts failed and is halved: %s", len(batch), reason)
-        middle = len(batch) // 2
-        yield from self._isolate(batch[:middle], encoded, options, on_batch)
-        yield from self._isolate(batch[middle:], encoded, options, on_batch)
+        answers = self._scheduler.answer(list(encoded.values()), options, on_batch)
+        for index, answer in zip(encoded, answers, strict=True):
+            results[index] = answer
 
 
 def _fitting(answer: Response | Failure, options: AnsweringOptions) -> Response | Failure:
@@ -353,22 +322,3 @@ def _fitting(answer: Response | Failure, options: AnsweringOptions) -> Response 
     except InvalidAnswerError as error:
         reason = f"the answer does not fit the schema: {error}"
         return Failure(reason, answer.finish_reason, answer.text)
-
-
-def _is_broken_device(error: Exception) -> bool:
-    """Whether the accelerator itself failed, rather than the prompt, and not merely for lack of memory."""
-    if "out of memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
-        return False
-    # CTranslate2 raises a RuntimeError with CUDA's own text.
-    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA failed with" in str(error)
-
-
-def _repeated(encoded: dict[int, list[int]]) -> dict[int, int]:
-    """The prompts that are equal to an earlier one, and which that is."""
-    first: dict[tuple[int, ...], int] = {}
-    places = {index: first.setdefault(tuple(ids), index) for index, ids in encoded.items()}
-    return {index: place for index, place in places.items() if index != place}
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:500]

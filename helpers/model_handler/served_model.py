@@ -28,6 +28,7 @@ from helpers.load_state_dict.mapped_model import (
     page_dropper,
     read_generation_config,
 )
+from helpers.model_handler import engine_thread
 from helpers.model_handler.engines.choice import Choice, choose
 from helpers.model_handler.engines.generation_settings import held, not_honoured
 from helpers.model_handler.engines.packed_weights import ENGINE as PACKED
@@ -162,7 +163,7 @@ class _Served:
     def __init__(self, source: ModelSource) -> None:
         self._source = source
         with _timed("load_milliseconds"):
-            self.language_model, manifest = source.load()
+            self.language_model, manifest = engine_thread.run_apart(source.load)
         self._version, self._refused = manifest.version, ""
         self.is_watched = False
         _count("models_loaded", 1)
@@ -178,7 +179,7 @@ class _Served:
             if read_manifest(path).version in (self._version, self._refused):
                 return
             with _timed("load_milliseconds"):
-                new, manifest = self._source.load()
+                new, manifest = engine_thread.run_apart(self._source.load)
             try:
                 self.language_model.take_over(new)
             except OtherModelError:

@@ -20,8 +20,8 @@ class Encoded(LanguageModel):
     def encode(self, prompt, options=None):
         return self.prompts[int(prompt)] if prompt.isdigit() else super().encode(prompt, options)
 
-    def generate(self, prompts, options=None):
-        responses = super().generate(prompts, options)
+    def generate(self, prompts, options=None, *more):
+        responses = super().generate(prompts, options, *more)
         for prompt, ids in zip(prompts, self.engine.last, strict=True):
             self.tokens[tuple(prompt)] = ids
         return responses

@@ -169,9 +169,13 @@ class CTranslate2Engine:
         return self._model
 
     def generate(
-        self, prompts: Sequence[list[int]], options: AnsweringOptions, prefix_tokens: int = 0
+        self,
+        prompts: Sequence[list[int]],
+        options: AnsweringOptions,
+        prefix_tokens: int = 0,
+        is_abandoned: Callable[[], bool] = lambda: False,
     ) -> list[Generated]:
-        """See `Engine.generate`.
+        """See `Engine.generate`; what has begun is finished, or its time is up.
 
         Raises:
             ValueError: it cannot answer with these options as they are meant.

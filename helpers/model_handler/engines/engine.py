@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from helpers.model_handler.engines.neighbours import Company, Mixing
@@ -56,7 +56,11 @@ class Engine(Protocol):
     def model(self) -> PreTrainedModel: ...
 
     def generate(
-        self, prompts: Sequence[list[int]], options: AnsweringOptions, prefix_tokens: int = 0
+        self,
+        prompts: Sequence[list[int]],
+        options: AnsweringOptions,
+        prefix_tokens: int = 0,
+        is_abandoned: Callable[[], bool] = lambda: False,
     ) -> list[Generated]:
         """Responses to prompts, all in one batch.
 
@@ -66,6 +70,7 @@ class Engine(Protocol):
                 step that has begun is not interrupted.
             prefix_tokens: how many tokens all of them begin with alike, and later ones will too, so that the
                 model's state after these may be kept; 0 for nothing to keep.
+            is_abandoned: may be asked after each step; true leaves all as it is.
         """
         ...
 

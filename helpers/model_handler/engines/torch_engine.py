@@ -9,7 +9,7 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +68,11 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[list[int]], options: AnsweringOptions, prefix_tokens: int = 0
+        self,
+        prompts: Sequence[list[int]],
+        options: AnsweringOptions,
+        prefix_tokens: int = 0,
+        is_abandoned: Callable[[], bool] = lambda: False,
     ) -> list[Generated]:
         """See `Engine.generate`."""
         deadline = Deadline(options.max_response_seconds)
@@ -87,10 +91,11 @@ class TorchEngine:
         more: dict[str, Any] = {"tokenizer": self._tokenizer} if settings.stop_strings else {}
         if kept is not None:
             more["past_key_values"] = kept
-        if options.max_response_seconds is not None:
-            more["stopping_criteria"] = [
-                lambda ids, scores, **_: torch.full((len(ids),), deadline.passes(), device=ids.device)
-            ]
+        more["stopping_criteria"] = [
+            lambda ids, scores, **_: torch.full(
+                (len(ids),), deadline.passes() or is_abandoned(), device=ids.device
+            )
+        ]
         output = self.model.generate(**batch, generation_config=settings, **more)
         # Of an encoder-decoder model the first token is the decoder's start, which is not generated.
         start = 1 if self._is_encoder_decoder else batch["input_ids"].shape[1]
