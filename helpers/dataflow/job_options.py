@@ -42,8 +42,11 @@ from helpers.sizing.sizes import COMPUTE_BYTES, SYSTEM_DISK_BYTES, Sizing, compu
 
 # Room to grow under load, and a bound on what a forgotten job costs. Dataflow's own bound is 100 workers.
 MAX_WORKERS = 4
-# A model answers one batch at a time. Meanwhile the other threads read, write and gather the next ones.
-HARNESS_THREADS = 4
+# Dataflow's bundles are small, often of one message, and a thread works on each. As many as fill the largest
+# batch wait for the model, and a few more read and write. A message that waits costs its own size, and is not
+# acknowledged before it is answered: Dataflow extends its deadline meanwhile.
+SPARE_THREADS = 4
+MAX_THREADS = 300
 MINIMUM_WORKER_DISK_GB = 30
 WORKER_DISK_STEP_GB = 10
 ACCELERATOR = "worker_accelerator"
@@ -115,7 +118,7 @@ def set_defaults(
         )
     cloud = options.view_as(GoogleCloudOptions)
     _set_accelerator(cloud, worker.machine_type, answering.device)
-    _set_processes(options.view_as(DebugOptions))
+    _set_processes(options.view_as(DebugOptions), answering.max_batch_size)
     _set_delivery(cloud, exactly_once)
     _set_scaling(worker)
     if worker.element_processing_timeout_minutes is None:
@@ -307,11 +310,12 @@ def _set_accelerator(cloud: GoogleCloudOptions, machine_type: str, device: str |
         )
 
 
-def _set_processes(debug: DebugOptions) -> None:
+def _set_processes(debug: DebugOptions, max_batch_size: int) -> None:
     # Otherwise Dataflow starts a process for each vCPU, each with a torch thread for each vCPU.
     if not debug.lookup_experiment("use_multiple_sdk_containers"):
         debug.add_experiment("no_use_multiple_sdk_containers")
-    debug.number_of_worker_harness_threads = debug.number_of_worker_harness_threads or HARNESS_THREADS
+    if not debug.number_of_worker_harness_threads:
+        debug.number_of_worker_harness_threads = min(max_batch_size + SPARE_THREADS, MAX_THREADS)
 
 
 def _set_delivery(cloud: GoogleCloudOptions, exactly_once: bool) -> None:

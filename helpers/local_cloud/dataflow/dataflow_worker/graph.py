@@ -15,7 +15,6 @@ IMPULSE = "beam:transform:impulse:v1"
 PAR_DO = "beam:transform:pardo:v1"
 RESHUFFLE = "beam:transform:reshuffle:v1"
 COMPOSITE = "beam:transform:generic_composite:v1"
-GROUP_BY_KEY = "beam:transform:group_by_key:v1"
 
 # Names of what is added to a graph; Beam's own begin with "ref_" or "external_".
 _CODER = "local_bytes_coder"
@@ -95,39 +94,24 @@ def make_bounded(pipeline: Any) -> None:
         collection.is_bounded = beam_runner_api_pb2.IsBounded.BOUNDED
 
 
-def is_stateless(pipeline: Any) -> bool:
-    """Whether running the pipeline anew for each batch of messages gives the same outcome.
-
-    That is so if it has no state, timers or grouping (a reshuffle groups, but to no effect), and if all that
-    does not come from the messages is bounded and serves only as a side input.
-    """
+def leave_out_reshuffles(pipeline: Any) -> None:
+    """Takes the reshuffles out of a pipeline: they change no element."""
     transforms = pipeline.components.transforms
-    leaves = {i: t for i, t in transforms.items() if not t.subtransforms and not _does_nothing(t)}
-    producers = {output: i for i, t in leaves.items() for output in t.outputs.values()}
-    in_reshuffle = _descendants(pipeline, (i for i, t in transforms.items() if t.spec.urn == RESHUFFLE))
-
-    fed = {i for i, t in leaves.items() if t.spec.urn == READ}
-    while (
-        more := {i for i, t in leaves.items() if any(producers.get(c) in fed for c in _main_inputs(t))} - fed
-    ):
-        fed |= more
-    for id_ in fed - in_reshuffle:
-        if leaves[id_].spec.urn == GROUP_BY_KEY or _has_state(leaves[id_]):
-            return False
-
-    for_side_inputs: set[str] = set()
-    pending = [producers[c] for t in leaves.values() for c in _side_inputs(t) if c in producers]
-    while pending:
-        id_ = pending.pop()
-        if id_ not in for_side_inputs:
-            for_side_inputs.add(id_)
-            pending += [producers[c] for c in leaves[id_].inputs.values() if c in producers]
-    once = leaves.keys() - fed
-    unbounded = beam_runner_api_pb2.IsBounded.UNBOUNDED
-    collections = pipeline.components.pcollections
-    return once <= for_side_inputs and not any(
-        collections[c].is_bounded == unbounded for i in once for c in leaves[i].outputs.values()
-    )
+    passed_on = {}
+    for id_ in [id_ for id_, transform in transforms.items() if transform.spec.urn == RESHUFFLE]:
+        (before,), (after,) = transforms[id_].inputs.values(), transforms[id_].outputs.values()
+        passed_on[after] = before
+        for gone in _descendants(pipeline, [id_]):
+            del transforms[gone]
+    for transform in transforms.values():
+        for collections in (transform.inputs, transform.outputs):
+            for name, collection in list(collections.items()):
+                while collection in passed_on:
+                    collection = passed_on[collection]
+                collections[name] = collection
+        kept = [id_ for id_ in transform.subtransforms if id_ in transforms]
+        del transform.subtransforms[:]
+        transform.subtransforms.extend(kept)
 
 
 def replace_sinks(pipeline: Any, publish: type[beam.DoFn]) -> None:
@@ -147,28 +131,26 @@ def replace_sinks(pipeline: Any, publish: type[beam.DoFn]) -> None:
             transform.outputs["None"] = output
 
 
-def replace_sources_by_impulse(pipeline: Any, read: dict[str, beam.DoFn]) -> None:
-    """Replaces Pub/Sub reads by DoFns called once with b""; `read` maps transform ids to DoFns."""
+def replace_source_by_impulse(pipeline: Any, id_: str, read: beam.DoFn) -> None:
+    """Replaces a Pub/Sub read by a DoFn that is called once for each bundle, with bytes."""
     components = pipeline.components
     components.coders[_CODER].spec.urn = "beam:coder:bytes:v1"
     source = components.transforms[_SOURCE]
     source.unique_name = "LocalPubSub"
     source.spec.CopyFrom(beam_runner_api_pb2.FunctionSpec(urn=IMPULSE))
-    (like, *_) = (components.transforms[id_].outputs for id_ in read)
+    like = next(iter(components.transforms[id_].outputs.values()))
     source.outputs["None"] = collection = f"{_SOURCE}_output"
     made = components.pcollections[collection]
-    made.CopyFrom(components.pcollections[next(iter(like.values()))])  # in the global window, as every source
+    made.CopyFrom(components.pcollections[like])  # in the global window, as every source
     made.unique_name, made.coder_id = collection, _CODER
     roots = list(pipeline.root_transform_ids)
     if len(roots) == 1 and components.transforms[roots[0]].subtransforms:
         components.transforms[roots[0]].subtransforms.insert(0, _SOURCE)
     else:
         pipeline.root_transform_ids.insert(0, _SOURCE)
-    for id_, function in read.items():
-        transform = components.transforms[id_]
-        transform.spec.CopyFrom(_par_do(function))
-        transform.environment_id = next(iter(components.environments))
-        _consume(pipeline, id_, collection)
+    components.transforms[id_].spec.CopyFrom(_par_do(read))
+    components.transforms[id_].environment_id = next(iter(components.environments))
+    _consume(pipeline, id_, collection)
 
 
 def _consume(pipeline: Any, id_: str, collection: str) -> None:
@@ -204,22 +186,3 @@ def _descendants(pipeline: Any, ids: Iterable[str]) -> set[str]:
 def _does_nothing(transform: Any) -> bool:
     """Whether a transform is a composite that passes its input on, such as Create's MaybeReshuffle."""
     return bool(transform.outputs) and set(transform.outputs.values()) <= set(transform.inputs.values())
-
-
-def _has_state(transform: Any) -> bool:
-    if transform.spec.urn != PAR_DO:
-        return False
-    payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
-    return bool(payload.state_specs or payload.timer_family_specs)
-
-
-def _side_inputs(transform: Any) -> list[str]:
-    if transform.spec.urn != PAR_DO:
-        return []
-    payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
-    return [transform.inputs[name] for name in payload.side_inputs]
-
-
-def _main_inputs(transform: Any) -> list[str]:
-    side = set(_side_inputs(transform))
-    return [c for c in transform.inputs.values() if c not in side]

@@ -6,14 +6,16 @@ from pathlib import Path
 import apache_beam as beam
 from apache_beam.internal import pickler
 from apache_beam.io.filesystems import FileSystems
-from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, StandardOptions
+from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, SetupOptions, StandardOptions
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from google.cloud import pubsub_v1
 
-from . import graph, micro_batches, staged_files
+from . import bundles, graph, staged_files
 from .messages import Intake, Publish
 from .service import BROKEN, FINISHED, JOB_FAILED, Service, user_metrics
+
+HARNESS_THREADS = 12  # of a streaming Python worker on Dataflow that is told nothing else
 
 
 class Job:
@@ -37,28 +39,28 @@ class Job:
             staged_files.fetch(self._pipeline, staged)
             staged_files.install(staged, service)
         staged_files.load_main_session(staged)
-        if self._streaming and not graph.is_stateless(self._pipeline):
-            raise ValueError(
-                "A streaming pipeline with state, timers, grouping or windows of its own, as with "
-                "max_batch_seconds, is not imitated by the local cloud: try it on Google Cloud, or without."
-            )
         # Dataflow would notice at the first element; here a package that was not staged is noticed at once.
         beam.Pipeline.from_runner_api(self._pipeline, FnApiRunner(), self._options)
         if settings["replaces"]:
             with FileSystems.open(settings["replaces"]) as file:
                 old = beam_runner_api_pb2.Pipeline.FromString(file.read())
             graph.check_update(old, self._pipeline, settings["transform_name_mapping"])
-        self._intake = self._take_in(settings["name"]) if self._streaming else None
+        if self._streaming:
+            source = self._source()
+            graph.replace_sinks(self._pipeline, Publish)
+            debug = self._options.view_as(DebugOptions)
+            self._threads = debug.number_of_worker_harness_threads or HARNESS_THREADS
+            self._stage = bundles.Stage(self._pipeline, source, self._threads)
+            self._intake = Intake(source, settings["name"])
 
     def run(self) -> int:
         """Runs the job to its end and returns the worker's exit status."""
         if not self._streaming:
             return self._run_batch()
-        graph.replace_sinks(self._pipeline, Publish)
         self._service.before_exit(self._intake.close)
         self._service.before_exit(self._intake.give_back_all)
         try:
-            micro_batches.run(self._pipeline, self._options, self._intake, self._service)
+            bundles.run(self._stage, self._threads, self._intake, self._service)
         except BaseException as error:
             self._service.error(error, "The pipeline failed.")
             return BROKEN
@@ -78,14 +80,14 @@ class Job:
         self._service.metrics(user_metrics(result))
         return FINISHED
 
-    def _take_in(self, name: str) -> Intake:
+    def _source(self) -> graph.Source:
         sources = graph.sources(self._pipeline)
-        if not sources:
-            raise ValueError("A streaming job on the local cloud must read from Pub/Sub.")
-        if any(source.id_attribute for source in sources):
+        if len(sources) != 1:
+            raise ValueError("A streaming job on the local cloud must read from Pub/Sub, by one read.")
+        if sources[0].id_attribute:
             self._service.message("WARNING", "id_label is ignored here: duplicates are not removed.")
         publisher = pubsub_v1.PublisherClient()
         for topic in graph.sink_topics(self._pipeline):
             publisher.get_topic(topic=topic)
         publisher.stop()
-        return Intake(sources, name)
+        return sources[0]

@@ -1,7 +1,6 @@
 """Messages from Pub/Sub into the pipeline and out of it."""
 
 import contextlib
-import itertools
 import threading
 import time
 import uuid
@@ -38,115 +37,98 @@ class Element:
 
 @dataclass(frozen=True)
 class Batch:
-    """Messages of one read, with what is needed to acknowledge them."""
+    """Messages, with what is needed to acknowledge them."""
 
-    source: Source
     elements: list[Element]
     ack_ids: list[str]
 
 
 class Intake:
-    """Pulls messages for a pipeline's reads, and keeps their leases until they are done or given back.
+    """Pulls messages for a pipeline's read, and keeps their leases until they are done or given back.
 
-    A read of a topic gets a subscription of its own, which `close` deletes.
+    A read of a topic gets a subscription of its own, which `close` deletes. Any thread may use it.
 
     Args:
-      sources: the pipeline's reads.
-      name: names the subscriptions of topics; the same in every worker of a job, so that a worker carries on
+      source: the pipeline's read.
+      name: names the subscription of a topic; the same in every worker of a job, so that a worker carries on
         where the one before it stopped.
 
     Raises:
-      google.api_core.exceptions.NotFound: a topic or subscription does not exist.
+      google.api_core.exceptions.NotFound: the topic or subscription does not exist.
     """
 
-    def __init__(self, sources: list[Source], name: str):
+    def __init__(self, source: Source, name: str):
         self._client = pubsub_v1.SubscriberClient()
+        self._source = source
         self._lock = threading.Lock()
-        self._leased: dict[str, set[str]] = {}  # from subscription to acknowledgement ids
-        self._subscriptions: dict[Source, str] = {}
+        self._leased: set[str] = set()  # acknowledgement ids
         self.own_subscriptions: list[str] = []
-        self._turns = itertools.cycle(sources)
-        with contextlib.ExitStack() as undo:
-            self._subscribe(sources, name, undo)
-            undo.pop_all()
+        if source.subscription:
+            self._client.get_subscription(subscription=source.subscription)
+            self._subscription = source.subscription
+        else:
+            project = source.topic.split("/")[1]
+            self._subscription = self._client.subscription_path(project, f"{name}-0")
+            self.own_subscriptions.append(self._subscription)
+            with contextlib.suppress(exceptions.AlreadyExists):
+                self._client.create_subscription(name=self._subscription, topic=source.topic)
         threading.Thread(target=self._keep_leases, daemon=True).start()
 
-    def _subscribe(self, sources: list[Source], name: str, undo: contextlib.ExitStack) -> None:
-        for number, source in enumerate(sources):
-            if source.subscription:
-                self._client.get_subscription(subscription=source.subscription)
-                self._subscriptions[source] = source.subscription
-            else:
-                project = source.topic.split("/")[1]
-                path = self._client.subscription_path(project, f"{name}-{number}")
-                self.own_subscriptions.append(path)
-                self._subscriptions[source] = path
-                with contextlib.suppress(exceptions.AlreadyExists):
-                    self._client.create_subscription(name=path, topic=source.topic)
-                    undo.callback(self._client.delete_subscription, subscription=path)
-
     def pull(self, max_messages: int) -> Batch:
-        """The next messages of one of the reads, which take turns; none if there are none for a while."""
-        source = next(self._turns)
-        subscription = self._subscriptions[source]
+        """The next messages; none if there are none for a while."""
         try:
             received = self._client.pull(
-                subscription=subscription, max_messages=max_messages, timeout=PULL_SECONDS
+                subscription=self._subscription, max_messages=max_messages, timeout=PULL_SECONDS
             ).received_messages
         except exceptions.DeadlineExceeded:  # as Pub/Sub answers where nothing came
             received = []
-        batch = Batch(source, [_element(r.message, source) for r in received], [r.ack_id for r in received])
+        ack_ids = [r.ack_id for r in received]
         with self._lock:
-            self._leased.setdefault(subscription, set()).update(batch.ack_ids)
-        return batch
+            self._leased.update(ack_ids)
+        return Batch([_element(r.message, self._source) for r in received], ack_ids)
 
     def acknowledge(self, batch: Batch) -> None:
         """Says that a batch's messages are done."""
-        if batch.ack_ids:
-            self._client.acknowledge(
-                subscription=self._subscriptions[batch.source], ack_ids=batch.ack_ids, timeout=30
-            )
-        self._release(batch.source, batch.ack_ids)
+        self._client.acknowledge(subscription=self._subscription, ack_ids=batch.ack_ids, timeout=30)
+        self._release(batch.ack_ids)
 
     def give_back(self, batch: Batch, seconds: int = 0) -> None:
         """Has a batch's messages redelivered after some seconds."""
-        self._release(batch.source, batch.ack_ids)
-        self._modify_deadline(self._subscriptions[batch.source], batch.ack_ids, seconds)
+        self._release(batch.ack_ids)
+        self._modify_deadline(batch.ack_ids, seconds)
 
     def give_back_all(self) -> None:
         """Gives back every message that is not acknowledged yet."""
         with self._lock:
-            leased, self._leased = self._leased, {}
-        for subscription, ack_ids in leased.items():
-            self._modify_deadline(subscription, list(ack_ids), 0)
+            leased, self._leased = self._leased, set()
+        self._modify_deadline(list(leased), 0)
 
     def close(self) -> None:
-        """Deletes the subscriptions that were made for topics."""
+        """Deletes the subscription that was made for a topic."""
         for subscription in self.own_subscriptions:
             with contextlib.suppress(exceptions.NotFound):
                 self._client.delete_subscription(subscription=subscription, timeout=10)
 
-    def _release(self, source: Source, ack_ids: Iterable[str]) -> None:
+    def _release(self, ack_ids: Iterable[str]) -> None:
         with self._lock:
-            self._leased.get(self._subscriptions[source], set()).difference_update(ack_ids)
+            self._leased.difference_update(ack_ids)
 
-    def _modify_deadline(self, subscription: str, ack_ids: list[str], seconds: int) -> None:
+    def _modify_deadline(self, ack_ids: list[str], seconds: int) -> None:
         for start in range(0, len(ack_ids), MAX_REQUEST_MESSAGES):
             some = ack_ids[start : start + MAX_REQUEST_MESSAGES]
             self._client.modify_ack_deadline(
-                subscription=subscription, ack_ids=some, ack_deadline_seconds=seconds, timeout=10
+                subscription=self._subscription, ack_ids=some, ack_deadline_seconds=seconds, timeout=10
             )
 
     def _keep_leases(self) -> None:
         while True:
             time.sleep(EXTEND_EVERY_SECONDS)
             with self._lock:
-                leased = {subscription: list(ack_ids) for subscription, ack_ids in self._leased.items()}
-            for subscription, ack_ids in leased.items():
-                try:
-                    self._modify_deadline(subscription, ack_ids, LEASE_SECONDS)
-                except exceptions.GoogleAPICallError as error:
-                    print(f"Leases in {subscription} could not be extended: {error}", flush=True)
+                leased = list(self._leased)
+            try:
+                self._modify_deadline(leased, LEASE_SECONDS)
+            except exceptions.GoogleAPICallError as error:
+                print(f"Leases in {self._subscription} could not be extended: {error}", flush=True)
 
 
 def _element(message: Any, source: Source) -> Element:

@@ -101,6 +101,8 @@ def user_metrics(result: Any) -> list[dict[str, Any]]:
         for metric in found[kind]:
             value = metric.committed if metric.committed is not None else metric.attempted
             if kind == "distributions":
+                if not value.count:  # of a stage that counted in an earlier bundle
+                    continue
                 value = {"count": value.count, "sum": value.sum, "min": value.min, "max": value.max}
             key = {"namespace": metric.key.metric.namespace, "name": metric.key.metric.name}
             metrics.append({**key, "step": metric.key.step, "value": value})
