@@ -5,6 +5,7 @@ process them as a bundle, and acknowledges them. The messages of a bundle that f
 the one at fault is given back: it is redelivered without limit, as on Dataflow.
 """
 
+import functools
 import logging
 import queue
 import threading
@@ -17,7 +18,12 @@ import apache_beam as beam
 from apache_beam.coders import BytesCoder, WindowedValueCoder
 from apache_beam.coders.coders import GlobalWindowCoder
 from apache_beam.portability.api import beam_fn_api_pb2
-from apache_beam.runners.portability.fn_api_runner import execution, fn_runner, worker_handlers
+from apache_beam.runners.portability.fn_api_runner import (
+    execution,
+    fn_runner,
+    translations,
+    worker_handlers,
+)
 from apache_beam.transforms.window import GlobalWindows, TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 from google.api_core import exceptions
@@ -46,6 +52,10 @@ class _ReadBundle(beam.DoFn):
             yield TimestampedValue(element.value, Timestamp(micros=element.timestamp))
 
 
+def _fuse_all(stages: list[Any], context: Any) -> list[Any]:
+    return [functools.reduce(lambda one, other: one.fuse(other, context), stages)]
+
+
 class Stage:
     """A streaming pipeline that is one stage, registered with an SDK harness in this process.
 
@@ -63,15 +73,23 @@ class Stage:
         graph.leave_out_reshuffles(pipeline)
         graph.make_bounded(pipeline)
         graph.use_this_process(pipeline)
-        runner = fn_runner.FnApiRunner()
-        context, stages = runner.create_stages(pipeline)
-        if len(stages) != 1 or stages[0].is_stateful():
+        if not graph.is_one_stage(pipeline):
             raise ValueError(NOT_IMITATED)
+        context, (stage,) = translations.create_and_optimize_stages(
+            pipeline,
+            phases=[
+                translations.annotate_downstream_side_inputs,
+                _fuse_all,
+                translations.impulse_to_input,
+                translations.populate_data_channel_coders,
+            ],
+            known_runner_urns=frozenset(),
+        )
         self._manager = worker_handlers.WorkerHandlerManager(
-            context.components.environments, runner._provision_info
+            context.components.environments, fn_runner.FnApiRunner()._provision_info
         )
         running = execution.FnApiRunnerExecutionContext(
-            stages,
+            [stage],
             self._manager,
             context.components,
             context.safe_coders,
@@ -80,15 +98,13 @@ class Stage:
         )
         running.setup()
         _, data = running.queues.ready_inputs.deque()
-        if len(data.data) != 1:
-            raise ValueError(NOT_IMITATED)
         (self._input,) = data.data
-        stage = running.bundle_manager_for(stages[0])
-        self._manager.register_process_bundle_descriptor(stage.process_bundle_descriptor)
-        self._descriptor = stage.process_bundle_descriptor.id
+        bundles = running.bundle_manager_for(stage)
+        self._manager.register_process_bundle_descriptor(bundles.process_bundle_descriptor)
+        self._descriptor = bundles.process_bundle_descriptor.id
         # A harness in memory mixes up the data of bundles that it processes at once: one for each thread.
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for harness in stage.worker_handlers:
+        for harness in bundles.worker_handlers:
             self._free.put(harness)
 
     def process(self, batch: Batch) -> list[dict[str, Any]]:

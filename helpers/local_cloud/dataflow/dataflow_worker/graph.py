@@ -13,6 +13,7 @@ READ = "beam:transform:pubsub_read:v1"
 WRITE = "beam:transform:pubsub_write:v1"
 IMPULSE = "beam:transform:impulse:v1"
 PAR_DO = "beam:transform:pardo:v1"
+FLATTEN = "beam:transform:flatten:v1"
 RESHUFFLE = "beam:transform:reshuffle:v1"
 COMPOSITE = "beam:transform:generic_composite:v1"
 
@@ -92,6 +93,22 @@ def make_bounded(pipeline: Any) -> None:
     """Declares every collection bounded, as the batch runner requires."""
     for collection in pipeline.components.pcollections.values():
         collection.is_bounded = beam_runner_api_pb2.IsBounded.BOUNDED
+
+
+def is_one_stage(pipeline: Any) -> bool:
+    """Whether nothing in a pipeline groups, remembers, or waits for something else: each bundle goes through
+    all of it at once."""
+    transforms = pipeline.components.transforms.values()
+    leaves = [t for t in transforms if not t.subtransforms and not _does_nothing(t)]
+    return [t.spec.urn for t in leaves].count(IMPULSE) == 1 and all(
+        t.spec.urn in (IMPULSE, FLATTEN) or (t.spec.urn == PAR_DO and _is_plain(t)) for t in leaves
+    )
+
+
+def _is_plain(transform: Any) -> bool:
+    payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
+    more = payload.state_specs, payload.timer_family_specs, payload.side_inputs, payload.restriction_coder_id
+    return not any(more)
 
 
 def leave_out_reshuffles(pipeline: Any) -> None:
