@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from helpers.measuring.memory import Measurement
-    from helpers.measuring.streaming import BundleTimes, Point, Predicted, Records, Simulated
+    from helpers.measuring.streaming import BatchTimes, Point, Predicted, Records, Simulated
 
 GB = 1e9
 # From dark to light, each with a hatch: shades alone are hard to match with a legend.
@@ -239,8 +239,8 @@ def latency_against_rate(
     return axes
 
 
-def bundle_times(ways: Mapping[str, BundleTimes]) -> Axes:
-    """The seconds that bundles take, by their size.
+def batch_times(ways: Mapping[str, BatchTimes]) -> Axes:
+    """The seconds that batches take, by their size.
 
     Args:
         ways: what was measured → its times.

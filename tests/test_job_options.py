@@ -89,7 +89,8 @@ def test_a_cpu_job_has_what_a_language_model_needs(capture):
     # One process, one model a machine.
     assert "no_use_multiple_sdk_containers" in experiments
     assert "use_multiple_sdk_containers" not in experiments
-    assert workers["numThreadsPerWorker"] == 4
+    # Bundles may be of one message: as many threads as fill a batch of 32, and a few more.
+    assert workers["numThreadsPerWorker"] == 36
     assert {"enable_streaming_engine", "enable_windmill_service"} <= set(experiments)
     assert job["environment"]["serviceOptions"] == ["streaming_mode_at_least_once"]
     assert (workers["numWorkers"], workers["autoscalingSettings"]["maxNumWorkers"]) == (1, 4)

@@ -268,24 +268,6 @@ def test_a_tokenizer_with_other_words_does_not_take_over(llama):
         model.take_over(other)
 
 
-def test_prompts_of_many_bundles_share_a_batch_if_asked_to(llama, capfd):
-    """The batching that RunInference does with the handler's arguments, without RunInference itself.
-
-    On the direct runner with a bundle for each element, RunInference's own model lets Beam forget the key
-    that the bundles share: a worker's DoFns live on, and hold it.
-    """
-    for seconds, sizes in ((None, ["1"] * 6), (30, ["6"])):
-        batching = LanguageModelHandler(llama[1], max_batch_seconds=seconds).batch_elements_kwargs()
-        stream = TestStream()
-        for n in range(6):
-            stream.add_elements([f"prompt {n}"]).advance_processing_time(0.01)
-        stream.advance_processing_time(60).advance_watermark_to_infinity()
-        with beam.Pipeline(options=PipelineOptions(streaming=True)) as pipeline:
-            batches = pipeline | stream | beam.BatchElements(**batching)
-            batches | beam.Map(lambda batch: print(len(batch)))
-        assert capfd.readouterr().out.split() == sizes
-
-
 def test_a_response_as_long_as_the_model_leaves_no_room_for_a_prompt(llama):
     with pytest.raises(LoadError, match="512 positions"):
         LanguageModelHandler(llama[1], max_response_tokens=512).load_model()
@@ -322,7 +304,7 @@ def test_the_first_model_is_freed_however_often_the_path_changes(llama, tmp_path
         {"max_batch_size": 0},
         {"temperature": -1.0},
         {"top_p": 0.0},
-        {"max_batch_seconds": 0},
+        {"max_response_seconds": 0},
         {"reload_seconds": float("nan")},
     ],
 )

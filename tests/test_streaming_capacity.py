@@ -1,4 +1,4 @@
-"""From when answers come follow the times of bundles, and from these what the stream does at other rates."""
+"""From when answers come follow the times of batches, and from these what the stream does at other rates."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ import pytest
 
 from helpers.dataflow import Distribution
 from helpers.measuring.streaming import (
-    BundleTimes,
+    BatchTimes,
     Phase,
     Point,
     Record,
@@ -16,7 +16,7 @@ from helpers.measuring.streaming import (
     Result,
     compare,
     highest_rate,
-    measured_bundle_times,
+    measured_batch_times,
     most_rate,
     off_by,
     poisson_arrivals,
@@ -44,7 +44,7 @@ def point(messages: list[Record], **values) -> Point:
 
 
 def run(rate: float, seconds: float, random_state: int) -> list[Record]:
-    """A stream whose bundles take the true times."""
+    """A stream whose batches take the true times."""
     times = poisson_arrivals([Phase(rate, seconds)], random_state)
     answered = simulate(times, seconds_of, most=32).answered
     attributes = {"response_tokens": "16"}
@@ -54,12 +54,12 @@ def run(rate: float, seconds: float, random_state: int) -> list[Record]:
 
 
 @pytest.fixture(scope="module")
-def measured() -> BundleTimes:
+def measured() -> BatchTimes:
     points = [point(run(rate, 120, 9), batches=100, batch_seconds=0.3) for rate in (1.0, 4.0, 9.0, 60.0)]
-    return measured_bundle_times(points)
+    return measured_batch_times(points)
 
 
-def test_bundle_times_are_found_again_from_when_answers_come(measured):
+def test_batch_times_are_found_again_from_when_answers_come(measured):
     for size in (1, 2, 6, 12, 24, 32):
         assert measured.seconds(size) == pytest.approx(seconds_of(range(size)), rel=0.05), size
     assert measured.most == 32
@@ -93,7 +93,7 @@ def test_they_predict_how_long_a_burst_takes_to_drain(measured):
 
 
 def test_times_between_and_beyond_what_was_measured():
-    times = BundleTimes((2, 4, 8), (0.2, 0.3, 0.7), most=8)
+    times = BatchTimes((2, 4, 8), (0.2, 0.3, 0.7), most=8)
     assert [times.seconds(size) for size in (1, 2, 3, 4, 6, 8)] == pytest.approx(
         [0.2, 0.2, 0.25, 0.3, 0.5, 0.7]
     )
@@ -103,20 +103,20 @@ def test_times_between_and_beyond_what_was_measured():
 
 
 def test_other_response_lengths_change_the_computed_part_of_the_time():
-    times = BundleTimes((1,), (1.0,), most=1, response_tokens=16, computing=0.8)
+    times = BatchTimes((1,), (1.0,), most=1, response_tokens=16, computing=0.8)
     assert times.seconds(1, 16) == pytest.approx(1.0)
     assert times.seconds(1, 32) == pytest.approx(1.8)
     assert times.seconds(1, 8) == pytest.approx(0.6)
     assert replace(times, response_tokens=0.0).seconds(1, 32) == 1.0, "nothing is known of tokens"
 
 
-def test_the_share_that_is_computed_is_the_batches_part_of_the_bundles(measured):
-    # A message every second, answered in half a second, of which the batch was 0.3 s.
+def test_the_share_that_is_computed_is_what_the_job_counted_of_the_time(measured):
+    # A message every second, answered in half a second, of which the model computed 0.3 s.
     messages = [Record(float(n), float(n), n + 0.5) for n in range(10)]
-    found = measured_bundle_times([point(messages, batches=10, batch_seconds=0.3)])
+    found = measured_batch_times([point(messages, batches=10, batch_seconds=0.3)])
     assert found.computing == pytest.approx(0.6)
     # Of a run that is no point of a sweep, nothing is known of batches.
-    with_records = measured_bundle_times(
+    with_records = measured_batch_times(
         [point(messages, batches=10, batch_seconds=0.3), Records(messages, 0)]
     )
     assert with_records == found
@@ -124,14 +124,14 @@ def test_the_share_that_is_computed_is_the_batches_part_of_the_bundles(measured)
 
 
 def test_what_arrivals_cost_is_found_again():
-    """A bundle takes 10 ms longer for each message that arrives meanwhile."""
+    """A batch takes 10 ms longer for each message that arrives meanwhile."""
     runs = []
     for rate, last in ((2.0, 60), (8.0, 60), (20.0, 30), (60.0, 15)):
         arrived = poisson_arrivals([Phase(rate, last)], random_state=12)
         answered = simulate(arrived, seconds_of, most=32, per_arrival=0.01).answered
         messages = [Record(when, when, then) for when, then in zip(arrived, answered, strict=True)]
         runs.append(Records(messages, 0))
-    found = measured_bundle_times(runs)
+    found = measured_batch_times(runs)
     assert found.per_arrival == pytest.approx(0.01, abs=0.0021)
     assert found.seconds(1) == pytest.approx(0.27, rel=0.05)
     assert found.seconds(32) == pytest.approx(0.82, rel=0.08)
@@ -142,7 +142,7 @@ def test_what_arrivals_cost_is_found_again():
 
 
 def turning(rate: float, seconds: float) -> list[Record]:
-    """A stream whose worker takes the next bundle 60 ms after the answers of the one before."""
+    """A stream whose worker takes the next batch 60 ms after the answers of the one before."""
     arrived = poisson_arrivals([Phase(rate, seconds)], random_state=13)
     answered = simulate(arrived, seconds_of, most=32, turnaround=0.06).answered
     return [Record(when, when, then) for when, then in zip(arrived, answered, strict=True)]
@@ -150,37 +150,37 @@ def turning(rate: float, seconds: float) -> list[Record]:
 
 def test_the_turnaround_is_found_again():
     runs = [Records(turning(rate, 60), 0) for rate in (2.0, 8.0, 20.0)]
-    found = measured_bundle_times(runs)
+    found = measured_batch_times(runs)
     assert found.turnaround == pytest.approx(0.06, abs=0.01)
     for size in (1, 2, 12):
         assert found.seconds(size) == pytest.approx(seconds_of(range(size)), rel=0.05), size
     assert most_rate(replace(found, turnaround=0.5)) < most_rate(found)
-    # What a full bundle leaves behind says nothing of when the next is taken.
+    # What a full batch leaves behind says nothing of when the next is taken.
     full = [Records(turning(2.0, 30), 0), Records(turning(90.0, 15), 0)]
-    assert measured_bundle_times(full).turnaround == pytest.approx(0.06, abs=0.012)
+    assert measured_batch_times(full).turnaround == pytest.approx(0.06, abs=0.012)
     # A worker that turns round at once is seen to.
-    assert measured_bundle_times([Records(run(8.0, 60, 13), 0)]).turnaround == pytest.approx(0.0, abs=0.005)
+    assert measured_batch_times([Records(run(8.0, 60, 13), 0)]).turnaround == pytest.approx(0.0, abs=0.005)
     with pytest.raises(ValueError, match="turn round"):
         simulate([0.0], seconds_of, turnaround=-1.0)
 
 
-def test_a_message_that_comes_in_the_turnaround_is_in_the_next_bundle():
+def test_a_message_that_comes_in_the_turnaround_is_in_the_next_batch():
     # The first is answered at 1.0; the second, at 1.05, goes with the one that waited since 0.5.
     found = simulate([0.0, 0.5, 1.05, 1.2], lambda places: 1.0, most=8, turnaround=0.1)
     assert found.answered == pytest.approx([1.0, 2.1, 2.1, 3.2])
-    assert found.bundles == [1, 2, 1]
+    assert found.batches == [1, 2, 1]
 
 
-def test_single_bundles_vary_as_they_did():
+def test_single_batches_vary_as_they_did():
     # Of twenty, one took three times as long.
     messages = [Record(float(n), float(n), n + (0.6 if n % 20 == 0 else 0.2)) for n in range(400)]
-    found = measured_bundle_times([point(messages)])
+    found = measured_batch_times([point(messages)])
     draw = found.draw()
     drawn = [draw(1) for _ in range(2000)]
     assert statistics.median(drawn) == pytest.approx(0.2)
     assert max(drawn) > 0.3
-    # No factor is beyond what was seen, however few bundles there were.
-    few = measured_bundle_times([point([Record(0.0, 0.0, 0.1), Record(5.0, 5.0, 9.0)])])
+    # No factor is beyond what was seen, however few batches there were.
+    few = measured_batch_times([point([Record(0.0, 0.0, 0.1), Record(5.0, 5.0, 9.0)])])
     assert 0.1 < min(few.spread) < max(few.spread) < 4.0
     again = found.draw()
     assert [again(1) for _ in range(2000)] == drawn, "the same state draws the same"
@@ -189,7 +189,7 @@ def test_single_bundles_vary_as_they_did():
 @pytest.mark.parametrize("target", [0.25, 0.5, 2.0])
 def test_the_highest_rate_keeps_the_target_and_a_higher_one_does_not(target):
     """M/D/1 with a service of 0.1 s."""
-    times = BundleTimes((1.0,), (0.1,), most=1)
+    times = BatchTimes((1.0,), (0.1,), most=1)
     rate = highest_rate(times, target)
 
     def p95(at: float) -> float:
@@ -202,7 +202,7 @@ def test_the_highest_rate_keeps_the_target_and_a_higher_one_does_not(target):
 
 
 def test_a_target_below_the_time_of_one_message_is_kept_at_no_rate():
-    times = BundleTimes((1.0,), (0.1,), most=1)
+    times = BatchTimes((1.0,), (0.1,), most=1)
     assert highest_rate(times, 0.05) == 0
     for nonsense in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="above 0"):
@@ -210,21 +210,21 @@ def test_a_target_below_the_time_of_one_message_is_kept_at_no_rate():
 
 
 def test_a_target_that_the_median_keeps_but_not_the_slowest_is_kept_at_no_rate():
-    times = BundleTimes((1.0,), (0.1,), most=1, spread=(0.5, 1.0, 1.0, 3.0))
+    times = BatchTimes((1.0,), (0.1,), most=1, spread=(0.5, 1.0, 1.0, 3.0))
     assert highest_rate(times, 0.2) == 0
     # A tight target is found to a hundredth, too: at a rate of r a second, of M/D/1's messages r / 10 wait.
-    tight = highest_rate(BundleTimes((1.0,), (0.1,), most=1), 0.11)
+    tight = highest_rate(BatchTimes((1.0,), (0.1,), most=1), 0.11)
     assert 0.4 < tight < 0.7
     assert highest_rate(times, 0.8) > 0
 
 
-def test_dead_letters_are_neither_answers_nor_bundles():
+def test_dead_letters_are_neither_answers_nor_batches():
     dead = [Record(float(n), float(n), n + 0.01, is_dead=True) for n in range(20)]
     alive = [Record(n + 0.3, n + 0.3, n + 0.8) for n in range(20)]
     with pytest.raises(ValueError, match="no message was answered"):
-        measured_bundle_times([Records(dead, 0)])
+        measured_batch_times([Records(dead, 0)])
     both = sorted([*dead, *alive], key=lambda one: one.sent)
-    assert measured_bundle_times([Records(both, 0)]).seconds(1) == pytest.approx(0.5)
+    assert measured_batch_times([Records(both, 0)]).seconds(1) == pytest.approx(0.5)
     refused = point(dead, offered=1.0, published=20, dead_letters=20)
     assert not refused.keeps_up
     assert not point([Record(0.0, 0.0)], offered=1.0, published=1, waiting=1).keeps_up
@@ -255,10 +255,10 @@ def test_the_curve_rises_to_nearly_the_most(measured):
 
 def test_what_cannot_be_is_refused(measured):
     with pytest.raises(ValueError, match="no message was answered"):
-        measured_bundle_times([point([Record(0.0, 0.0)]), point([])])
+        measured_batch_times([point([Record(0.0, 0.0)]), point([])])
     for sizes, times in (((), ()), ((1,), (0.1, 0.2)), ((2, 1), (0.1, 0.2)), ((1,), (0.0,)), ((0,), (1.0,))):
         with pytest.raises(ValueError):
-            BundleTimes(sizes, times, most=1)
+            BatchTimes(sizes, times, most=1)
     for wrong in (
         {"times": (math.nan,)},
         {"spread": (math.nan,)},
@@ -268,7 +268,7 @@ def test_what_cannot_be_is_refused(measured):
         {"most": 0},
     ):
         with pytest.raises(ValueError):
-            BundleTimes(**{"sizes": (1,), "times": (0.1,), "most": 1} | wrong)
+            BatchTimes(**{"sizes": (1,), "times": (0.1,), "most": 1} | wrong)
     with pytest.raises(ValueError, match="send for longer"):
         predict_rates(measured, [0.001], seconds=1)
     for sizes, apart in (([0], 1), ([1], 0), ([1], math.nan)):

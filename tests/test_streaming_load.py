@@ -218,9 +218,9 @@ def test_a_subscription_that_cannot_be_read_is_an_error_and_not_silence(topics):
 
 
 class Simulated:
-    """A job, and the load on it, on a clock of their own: bundles take known times, and nobody waits.
+    """A job, and the load on it, on a clock of their own: batches take known times, and nobody waits.
 
-    It counts as a job on Dataflow does: each bundle is a batch, with a token of padding for each prompt.
+    It counts as a job on Dataflow does, with a token of padding for each prompt.
     """
 
     def __init__(self, monkeypatch, seconds_of, most, dies_after=math.inf):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.measuring.streaming import BundleTimes, Candidate, Demand, PlanError, ServiceTime, make_plan
+from helpers.measuring.streaming import BatchTimes, Candidate, Demand, PlanError, ServiceTime, make_plan
 
 # A batch takes 0.1 s, and 0.01 s for each of its prompts (32 tokens in, 16 out).
 SERVICE = ServiceTime(per_batch=0.1, per_prompt_token=0.01 / 32, per_step=0.0, per_token=0.0)
@@ -13,7 +13,7 @@ SMALL = Candidate("small", SERVICE, 0.10)
 # Twice as fast, at 2.5 times the price.
 LARGE = Candidate("large", ServiceTime(0.05, 0.005 / 32, 0.0, 0.0), 0.25)
 # A running stream that answers at most 50 messages a second.
-BUNDLES = Candidate("stream", BundleTimes((1.0, 10.0), (0.1, 0.2), most=10, response_tokens=16), 0.10)
+STREAM = Candidate("stream", BatchTimes((1.0, 10.0), (0.1, 0.2), most=10, response_tokens=16), 0.10)
 
 
 def demand(**values) -> Demand:
@@ -60,8 +60,8 @@ def test_what_follows_goes_to_submit():
 
 
 def test_a_running_streams_times_make_a_plan_too():
-    # What BundleTimes are to a stream: a bundle of n takes 0.1 + 0.01 n, with batches of 8 inside.
-    times = BundleTimes((1, 64), (0.11, 0.74), most=64, response_tokens=16)
+    # A batch of n takes 0.1 + 0.01 n.
+    times = BatchTimes((1, 64), (0.11, 0.74), most=64, response_tokens=16)
     stream = Candidate("small", times, 0.10, {"max_batch_size": 8, "engine": "ctranslate2"})
     found = make_plan(demand(rate=40.0), [stream])
     assert found.options == {"max_batch_size": 8, "engine": "ctranslate2"}
@@ -100,16 +100,16 @@ def test_a_target_that_no_machine_meets_says_how_near_the_best_comes():
         make_plan(demand(rate=1000.0), [SMALL], most_workers=2)
     # Nearly all of what two workers answer: fast enough in so short a simulation, and not for long.
     with pytest.raises(PlanError, match="more than 90% of what a machine that is fast enough answers with"):
-        make_plan(demand(rate=95.0, seconds=20.0), [BUNDLES], most_workers=2)
+        make_plan(demand(rate=95.0, seconds=20.0), [STREAM], most_workers=2)
 
 
 def test_busy_is_the_time_in_which_the_model_computes():
-    whole = make_plan(demand(), [BUNDLES])
-    half = make_plan(demand(), [replace(BUNDLES, service_time=replace(BUNDLES.service_time, computing=0.5))])
+    whole = make_plan(demand(), [STREAM])
+    half = make_plan(demand(), [replace(STREAM, service_time=replace(STREAM.service_time, computing=0.5))])
     assert half.busy == pytest.approx(whole.busy / 2)
     # Of longer responses, more is computed.
-    times = BundleTimes((1.0,), (0.1,), most=1, response_tokens=16, computing=0.5)
-    longer = make_plan(demand(rate=1.0, response_tokens=64), [replace(BUNDLES, service_time=times)])
+    times = BatchTimes((1.0,), (0.1,), most=1, response_tokens=16, computing=0.5)
+    longer = make_plan(demand(rate=1.0, response_tokens=64), [replace(STREAM, service_time=times)])
     assert longer.busy == pytest.approx(0.25 * 0.8, rel=0.1)
 
 

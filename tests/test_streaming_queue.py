@@ -54,7 +54,7 @@ def test_several_workers_wait_as_erlang_says(workers, load):
     assert percentile(waits, 0.95) == pytest.approx(expected, rel=0.15)
 
 
-def test_larger_bundles_raise_the_rate_above_one_at_a_time():
+def test_larger_batches_raise_the_rate_above_one_at_a_time():
     times = poisson_arrivals([Phase(8.0, 500)], random_state=4)
 
     def seconds_of(places):
@@ -64,7 +64,7 @@ def test_larger_bundles_raise_the_rate_above_one_at_a_time():
     assert alone.rate < 5
     assert together.rate == pytest.approx(8.0, rel=0.05)
     assert together.latency(0.95) < 1 < alone.latency(0.95)
-    assert max(together.bundles) > 2
+    assert max(together.batches) > 2
 
 
 def test_a_burst_drains_in_the_time_that_its_rates_say():
@@ -97,7 +97,7 @@ def test_each_message_is_answered_once_after_it_arrived(gaps, workers, most, tim
     found = simulate(arrived, seconds_of, workers=workers, most=most)
     assert sorted(seen) == list(range(len(gaps)))
     assert all(latency >= times[0] - 1e-9 for latency in found.latencies)
-    assert max(found.bundles, default=0) <= most
+    assert max(found.batches, default=0) <= most
     assert 0 <= found.busy <= 1 + 1e-9
 
 

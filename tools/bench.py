@@ -264,7 +264,7 @@ def bench_stream(seconds: float) -> dict:
         job.wait_for("RUNNING", timeout=300)
         streaming.warm_up(**load)
         points = streaming.sweep_rates(job, [4, 8, 16, 32, 64, 128, 256], seconds=seconds, **load)
-        most = streaming.most_rate(streaming.measured_bundle_times(points))
+        most = streaming.most_rate(streaming.measured_batch_times(points))
         half = [streaming.sweep_rates(job, [most / 2], seconds=2 * seconds, **load)[0] for _ in range(ROUNDS)]
     finally:
         job.cancel()

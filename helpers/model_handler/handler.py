@@ -114,16 +114,14 @@ class LanguageModelHandler(ModelHandler[Prompt, PredictionResult, LanguageModel]
             self._source = replace(self._source, state_dict_path=str(model_path))
 
     def batch_elements_kwargs(self) -> dict[str, Any]:
-        """How Beam forms batches: as large as possible, since the model sorts and splits them by length.
+        """How Beam hands prompts over: as many of a bundle at once as possible, since the model itself forms
+        batches, across bundles.
 
-        With the same least and greatest size, Beam does not search for the best one: a search that starts at
-        1 and takes many bundles to find out that larger is faster.
+        With equal limits, Beam does not search for the best size: a search that starts at 1 and takes many
+        bundles to find out that larger is faster.
         """
         size = 4 * self._options.max_batch_size
-        kwargs: dict[str, Any] = {"min_batch_size": size, "max_batch_size": size}
-        if self._options.max_batch_seconds is not None:
-            kwargs["max_batch_duration_secs"] = self._options.max_batch_seconds
-        return kwargs
+        return {"min_batch_size": size, "max_batch_size": size}
 
     def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
         """Accepts none: see `run_inference`."""

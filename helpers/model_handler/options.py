@@ -221,13 +221,6 @@ class AnsweringOptions:
         metavar="N",
         within=COUNT,
     )
-    max_batch_seconds: float | None = option(
-        None,
-        "How long a prompt may wait for others to share its batch. By default only prompts that arrive in "
-        "the same bundle share one, which is enough on a busy stream and keeps the pipeline free of state.",
-        metavar="S",
-        within=SECONDS,
-    )
     torch_threads: int | None = option(
         None,
         "The threads that compute in this process. By default one for each core.",

@@ -6,7 +6,7 @@ __all__, __getattr__ = public(
     __name__,
     {
         "arrivals": ["Phase", "poisson_arrivals", "volleys"],
-        "bundle_times": ["BundleTimes", "measured_bundle_times"],
+        "batch_times": ["BatchTimes", "measured_batch_times"],
         "capacity": [
             "Predicted",
             "compare",

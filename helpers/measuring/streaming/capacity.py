@@ -1,4 +1,4 @@
-"""What a stream can do, predicted from the times of its bundles: latency at a rate, and its highest rate."""
+"""What a stream can do, predicted from the times of its batches: latency at a rate, and its highest rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.measuring.streaming.arrivals import steady_arrivals
-from helpers.measuring.streaming.bundle_times import BundleTimes
+from helpers.measuring.streaming.batch_times import BatchTimes
 from helpers.measuring.streaming.queueing import Simulated, simulate
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Predicted:
 
 
 def simulate_stream(
-    times: BundleTimes, arrived: Sequence[float], workers: int = 1, random_state: int = 0
+    times: BatchTimes, arrived: Sequence[float], workers: int = 1, random_state: int = 0
 ) -> Simulated:
     """What becomes of messages that arrive at given times, in seconds and in order, with so many workers."""
     draw = times.draw(random_state)
@@ -55,7 +55,7 @@ def simulate_stream(
 
 
 def predict_rates(
-    times: BundleTimes, rates: Sequence[float], *, seconds: float, random_state: int = 0
+    times: BatchTimes, rates: Sequence[float], *, seconds: float, random_state: int = 0
 ) -> list[Predicted]:
     """What `sweep_rates` with the same rates, seconds and random state will find.
 
@@ -72,7 +72,7 @@ def predict_rates(
     return found
 
 
-def predict_points(times: BundleTimes, points: Sequence[Point]) -> list[Predicted]:
+def predict_points(times: BatchTimes, points: Sequence[Point]) -> list[Predicted]:
     """The same for what has been measured: each point's messages, at the times at which they were to be sent.
 
     Raises:
@@ -112,14 +112,14 @@ def off_by(predicted: float, measured: float) -> str:
     return f"{predicted / measured - 1:+.0%}"
 
 
-def _predicted(offered: float, times: BundleTimes, arrived: Sequence[float]) -> Predicted:
-    """Medians of several runs: single bundles vary at random, and the arrivals do not."""
+def _predicted(offered: float, times: BatchTimes, arrived: Sequence[float]) -> Predicted:
+    """Medians of several runs: single batches vary at random, and the arrivals do not."""
     runs = [simulate_stream(times, arrived, random_state=random_state) for random_state in range(DRAWS)]
     latencies = (statistics.median(run.latency(share) for run in runs) for share in (0.5, 0.95, 0.99))
     return Predicted(offered, statistics.median(run.rate for run in runs), *latencies)
 
 
-def predicted_curve(times: BundleTimes) -> list[Predicted]:
+def predicted_curve(times: BatchTimes) -> list[Predicted]:
     """What to expect in the long run, from one message in four seconds to nearly the most: for a plot."""
     most = 0.95 * most_rate(times)
     least = min(0.25, most / 10)
@@ -127,14 +127,14 @@ def predicted_curve(times: BundleTimes) -> list[Predicted]:
     return [predict_rates(times, [rate], seconds=CURVE_MESSAGES / rate)[0] for rate in rates]
 
 
-def most_rate(times: BundleTimes, workers: int = 1) -> float:
-    """The most messages a second that the workers answer: a queue that grows fills each bundle. At that rate
-    as many arrive while a bundle is answered."""
+def most_rate(times: BatchTimes, workers: int = 1) -> float:
+    """The most messages a second that the workers answer: a queue that grows fills each batch. At that rate
+    as many arrive while a batch is answered."""
     cycle = times.seconds(times.most) + times.per_arrival * times.most + times.turnaround
     return workers * times.most / cycle
 
 
-def highest_rate(times: BundleTimes, seconds: float) -> float:
+def highest_rate(times: BatchTimes, seconds: float) -> float:
     """The highest rate, in messages a second, at which one worker answers 95 of 100 messages within a time.
 
     Found by halving, to a hundredth; 0 if it is less than a thousandth of the most, as where a message alone

@@ -1,4 +1,4 @@
-"""What options do to a job's bundle times: a running one is updated with each in turn, and measured."""
+"""What options do to a job's batch times: a running one is updated with each in turn, and measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers import pubsub
 from helpers.measuring.streaming.arrivals import volleys
-from helpers.measuring.streaming.bundle_times import BundleTimes, measured_bundle_times
+from helpers.measuring.streaming.batch_times import BatchTimes, measured_batch_times
 from helpers.measuring.streaming.load import Records, send_load
 from helpers.measuring.streaming.sweep import sweep_rates
 
@@ -58,9 +58,9 @@ def measure_changes(
     flood: int,
     responses_topic: str,
     **load: Any,
-) -> tuple[Job, dict[str, BundleTimes]]:
-    """Updates a running job with each change in turn, and measures its bundle times: at some rates, and with
-    many messages at once. Without these, nothing would be known of full bundles, and a change that makes the
+) -> tuple[Job, dict[str, BatchTimes]]:
+    """Updates a running job with each change in turn, and measures its batch times: at some rates, and with
+    many messages at once. Without these, nothing would be known of full batches, and a change that makes the
     job slower would seem to answer less than it does, or one that makes it faster no more than before.
 
     Args:
@@ -69,7 +69,7 @@ def measure_changes(
         changes: answering options, as `[{"max_batch_size": 4}]`.
         rates: messages a second, low ones.
         seconds: how long to send at each.
-        flood: how many messages to send at once after that: enough for several full bundles.
+        flood: how many messages to send at once after that: enough for several full batches.
         responses_topic: the path of the topic that responses are published to.
         load: `topic`, `prompts`, `responses` and `dead_letters`, as for `sweep_rates`.
 
@@ -98,7 +98,7 @@ def measure_changes(
                 f"with {label}, {full.waiting} of {flood} messages at once were not answered: see "
                 "job.errors(), and try a smaller flood."
             )
-        found[label] = measured_bundle_times([*points, full])
+        found[label] = measured_batch_times([*points, full])
     return job, found
 
 

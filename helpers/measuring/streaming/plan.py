@@ -1,6 +1,6 @@
 """Which machine, how many workers and which batches a stream needs, and what that costs: by simulation.
 
-Each candidate is a machine with its service time, or the times of a running stream's bundles, measured on it,
+Each candidate is a machine with its service time, or the times of a running stream's batches, measured on it,
 and its price. Workers are added until the
 simulated queue keeps the latency asked for, at the mean rate and in a burst; of what does, the cheapest is
 the plan.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helpers.measuring.streaming.arrivals import Phase, poisson_arrivals
-from helpers.measuring.streaming.bundle_times import BundleTimes
+from helpers.measuring.streaming.batch_times import BatchTimes
 from helpers.measuring.streaming.changes import label_of
 from helpers.measuring.streaming.queueing import percentile, simulate
 from helpers.measuring.streaming.service_time import ServiceTime
@@ -73,7 +73,7 @@ class Candidate:
     Attributes:
         machine_type: its name.
         service_time: as measured on it. That of an engine (`fit`) holds for prompts and responses of any
-            length and batches of any size. That of a running stream (`measured_bundle_times`) has in it
+            length and batches of any size. That of a running stream (`measured_batch_times`) has in it
             all that is around the engine; it holds for prompts about as long as those that were measured, and
             for the batch size that they were measured with.
         price_per_hour: in whatever currency; the costs of a plan are in the same.
@@ -84,7 +84,7 @@ class Candidate:
     """
 
     machine_type: str
-    service_time: ServiceTime | BundleTimes
+    service_time: ServiceTime | BatchTimes
     price_per_hour: float
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,31 +93,31 @@ class Candidate:
 
     def seconds(self, count: int, demand: Demand) -> float:
         """How long it takes for so many messages at once."""
-        if isinstance(self.service_time, BundleTimes):
+        if isinstance(self.service_time, BatchTimes):
             return self.service_time.seconds(count, demand.response_tokens)
         return self.service_time.seconds([demand.prompt_tokens] * count, [demand.response_tokens] * count)
 
     def computing(self, demand: Demand) -> float:
-        """The share of a bundle's time in which the model computes, where that is known."""
-        if isinstance(self.service_time, BundleTimes):
+        """The share of a batch's time in which the model computes, where that is known."""
+        if isinstance(self.service_time, BatchTimes):
             return self.service_time.computing_share(demand.response_tokens)
         return 1.0
 
     @property
     def turnaround(self) -> float:
-        """The seconds from the answers of a bundle to taking the next one, where that is known."""
-        return self.service_time.turnaround if isinstance(self.service_time, BundleTimes) else 0.0
+        """The seconds from the answers of a batch to taking the next one, where that is known."""
+        return self.service_time.turnaround if isinstance(self.service_time, BatchTimes) else 0.0
 
     def draw(self, demand: Demand) -> Callable[[int], float]:
         """How long it may take: as `seconds`, with the spread that was measured, if there is one."""
-        if isinstance(self.service_time, BundleTimes):
+        if isinstance(self.service_time, BatchTimes):
             return self.service_time.draw(response_tokens=demand.response_tokens)
         return lambda count: self.seconds(count, demand)
 
     def sizes(self, batch_sizes: Iterable[int]) -> list[tuple[int, int]]:
         """Pairs of a batch size to try, and of how many messages are then answered at once."""
         chosen = self.options.get("max_batch_size")
-        if isinstance(self.service_time, BundleTimes):
+        if isinstance(self.service_time, BatchTimes):
             return [(chosen or AnsweringOptions.max_batch_size, self.service_time.most)]
         return [(size, size) for size in sorted({chosen} if chosen else set(batch_sizes))]
 

@@ -1,10 +1,9 @@
 """A queue of messages and the workers that answer them, simulated.
 
-A worker that is free takes the messages that wait, oldest first, up to what it takes at once: a *bundle*. It
-answers them in batches, and all of a bundle's responses come out when the last batch is done, as they do in a
-Beam pipeline. While it works, messages gather, so that the next bundle is larger: that is why the rate can
-rise well above what one message at a time would allow, and why latency rises slowly at first, and then
-suddenly.
+A worker that is free takes the messages that wait, oldest first, up to what it takes at once: a *batch*. All
+of a batch's responses come out when it is done. While it works, messages gather, so that the next batch is
+larger: that is why the rate can rise well above what one message at a time would allow, and why latency rises
+slowly at first, and then suddenly.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ class Simulated:
     Attributes:
         arrived: when each arrived, in seconds.
         answered: when each was answered.
-        bundles: how many messages each bundle had.
+        batches: how many messages each batch had.
         busy: the share of the workers' time in which they worked, 0 to 1.
     """
 
     arrived: list[float]
     answered: list[float]
-    bundles: list[int]
+    batches: list[int]
     busy: float
 
     @property
@@ -86,12 +85,12 @@ def simulate(
 
     Args:
         arrived: when messages arrive, in seconds and in order.
-        seconds_of: how long a worker takes for the messages of a bundle, given by their places in `arrived`.
-        workers: how many take bundles independently.
-        most: the most messages in a bundle.
-        per_arrival: how many seconds a bundle takes longer for each message that arrives meanwhile, where the
+        seconds_of: how long a worker takes for the messages of a batch, given by their places in `arrived`.
+        workers: how many take batches independently.
+        most: the most messages in a batch.
+        per_arrival: how many seconds a batch takes longer for each message that arrives meanwhile, where the
             workers' machine also delivers the messages.
-        turnaround: how many seconds a worker needs, once the answers of a bundle are out, before it takes the
+        turnaround: how many seconds a worker needs, once the answers of a batch are out, before it takes the
             next one; messages that arrive meanwhile are in that one.
 
     Raises:
@@ -108,28 +107,28 @@ def simulate(
     free = [(-math.inf, number) for number in range(workers)]  # when each worker is free again
     heapq.heapify(free)
     answered = [0.0] * len(arrived)
-    bundles, worked, first = [], 0.0, 0
+    batches, worked, first = [], 0.0, 0
     while first < len(arrived):
         since, worker = heapq.heappop(free)
         begin = max(since, arrived[first])
         last = min(bisect_right(arrived, begin), first + most)
         seconds = seconds_of(range(first, last))
         if not 0 <= seconds < math.inf:
-            raise ValueError(f"a bundle of {last - first} takes {seconds} s, which cannot be.")
+            raise ValueError(f"a batch of {last - first} takes {seconds} s, which cannot be.")
         if per_arrival:
             seconds = _with_arrivals(arrived, begin, seconds, per_arrival)
         for place in range(first, last):
             answered[place] = begin + seconds
         heapq.heappush(free, (begin + seconds + turnaround, worker))
-        bundles.append(last - first)
+        batches.append(last - first)
         worked += seconds
         first = last
     span = max(answered, default=0.0) - (arrived[0] if arrived else 0.0)
-    return Simulated(list(arrived), answered, bundles, worked / (workers * span) if span > 0 else 0.0)
+    return Simulated(list(arrived), answered, batches, worked / (workers * span) if span > 0 else 0.0)
 
 
 def _with_arrivals(arrived: Sequence[float], begin: float, seconds: float, per_arrival: float) -> float:
-    """What a bundle takes with the messages that arrive meanwhile, which are more the longer it takes."""
+    """What a batch takes with the messages that arrive meanwhile, which are more the longer it takes."""
     place = bisect_right(arrived, begin)
     while place < len(arrived) and arrived[place] < begin + seconds:
         seconds += per_arrival

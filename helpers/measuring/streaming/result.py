@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers.files import storage
 from helpers.measuring.cpu import cpu_name, kind_of_cpu
-from helpers.measuring.streaming.bundle_times import BundleTimes
+from helpers.measuring.streaming.batch_times import BatchTimes
 from helpers.measuring.streaming.load import Records
 from helpers.measuring.streaming.sweep import Point
 
@@ -30,14 +30,14 @@ class Result:
         model_name: the model.
         options: the answering options, where they are not the defaults.
         points: one for each rate; those that were read from a file have no records.
-        times: of its bundles.
+        times: of its batches.
     """
 
     machine: str
     model_name: str
     options: Mapping[str, Any]
     points: Sequence[Point]
-    times: BundleTimes
+    times: BatchTimes
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes it to a path, local or `gs://`, in place of what is there."""
@@ -65,7 +65,7 @@ def read_result(path: str | os.PathLike = PACKAGED) -> Result:
             Point(**{name: math.inf if value is None else value for name, value in one.items()}, records=NONE)
             for one in found.pop("points")
         ]
-        result = Result(**found | {"points": points, "times": BundleTimes(**found["times"])})
+        result = Result(**found | {"points": points, "times": BatchTimes(**found["times"])})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         names = ", ".join(field.name for field in fields(Result))
         raise ValueError(f"{path} is no result of a sweep, which has {names}: {error}") from error

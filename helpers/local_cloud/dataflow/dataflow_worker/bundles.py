@@ -7,6 +7,7 @@ the one at fault is given back: it is redelivered without limit, as on Dataflow.
 
 import functools
 import logging
+import os
 import queue
 import threading
 import time
@@ -32,14 +33,15 @@ from . import graph
 from .messages import Batch, Intake
 from .service import Service, user_metrics
 
-MAX_MESSAGES = 5  # of a bundle; Dataflow names no number, and what works with few works with many
+# Of a bundle. Dataflow names no number, and what works with few works with many.
+MAX_MESSAGES = int(os.environ.get("LOCAL_CLOUD_BUNDLE_MESSAGES", 5))
 RETRY_SECONDS = 10  # how long a message that failed alone stays away
 MAX_PAUSE_SECONDS = 10.0
 IMPULSE_CODER = WindowedValueCoder(BytesCoder(), GlobalWindowCoder()).get_impl()
 
 NOT_IMITATED = (
-    "A streaming pipeline with state, timers, grouping, side inputs, or more inputs than Pub/Sub's, as with "
-    "max_batch_seconds, is not imitated by the local cloud: try it on Google Cloud, or without."
+    "A streaming pipeline with state, timers, grouping, side inputs, or more inputs than Pub/Sub's is not "
+    "imitated by the local cloud: try it on Google Cloud, or without."
 )
 
 log = logging.getLogger(__name__)

@@ -1,15 +1,16 @@
-"""How long a running stream takes for a bundle of messages, seen from outside: from when answers arrive.
+"""How long a running stream takes for a batch of messages, seen from outside: from when answers arrive.
 
 What a job counts of its batches leaves out what is around them: reading, Beam's own work, publishing. The
-answers of a bundle come out together, so each group of answers is a bundle. It began when its first message
-arrived, or a little after the bundle before was done: how long after is seen from which messages it has,
+answers of a batch come out together, so each group of answers is a batch. It began when its first message
+arrived, or a little after the batch before was done: how long after is seen from which messages it has,
 since what comes in that turnaround is still taken along. The times are kept as they are, by size, and read
-between; no formula is put on them. One more number is fitted: how much longer a bundle takes for each message
+between; no formula is put on them. A batch is what the model computes at once; how the runner hands messages
+over, in bundles, is not seen. One more number is fitted: how much longer a batch takes for each message
 that arrives meanwhile. Where the machine that computes also sends, stores and delivers the messages, as on
-the local cloud, that is some milliseconds, and a bundle of the same size takes longer the more is sent.
+the local cloud, that is some milliseconds, and a batch of the same size takes longer the more is sent.
 
-This holds for one worker that takes one bundle after the other, and delivers the answers of each within
-`TOGETHER_SECONDS`. Several workers' bundles overlap; bundles that take no longer than that cannot be told
+This holds for one worker that takes one batch after the other, and delivers the answers of each within
+`TOGETHER_SECONDS`. Several workers' batches overlap; batches that take no longer than that cannot be told
 apart, and seem larger than they are.
 """
 
@@ -41,20 +42,20 @@ RESPONSE_TOKENS, REASONING_TOKENS = "response_tokens", "reasoning_tokens"
 
 
 @dataclass(frozen=True)
-class BundleTimes:
-    """Seconds that a bundle takes, by its size.
+class BatchTimes:
+    """Seconds that a batch takes, by its size.
 
     Attributes:
-        sizes: messages in a bundle, the smallest first: medians of 1, 2, 3 to 4, 5 to 8, 9 to 16 and so on,
-            as far as such bundles were seen.
+        sizes: messages in a batch, the smallest first: medians of 1, 2, 3 to 4, 5 to 8, 9 to 16 and so on,
+            as far as such batches were seen.
         times: the median of the seconds of each.
-        most: the largest bundle that was seen.
+        most: the largest batch that was seen.
         response_tokens: of a response, on average.
         computing: the share of the time in which the model computed, 0 to 1; the rest is around it.
-        per_arrival: the seconds that a bundle takes longer for each message that arrives meanwhile; not in
+        per_arrival: the seconds that a batch takes longer for each message that arrives meanwhile; not in
             `times`.
-        turnaround: the seconds from when the answers of a bundle are out until the next bundle is taken.
-        spread: how much longer or shorter single bundles took, as factors that are equally likely.
+        turnaround: the seconds from when the answers of a batch are out until the next batch is taken.
+        spread: how much longer or shorter single batches took, as factors that are equally likely.
 
     Raises:
         ValueError: sizes and times that do not belong together, or cannot be.
@@ -87,7 +88,7 @@ class BundleTimes:
             raise ValueError(f"{self} cannot be.")
 
     def seconds(self, size: int, response_tokens: float | None = None) -> float:
-        """For a bundle of a size: as measured, between two that were, or in proportion to the largest.
+        """For a batch of a size: as measured, between two that were, or in proportion to the largest.
 
         Args:
             size: messages.
@@ -117,32 +118,32 @@ class BundleTimes:
         return self.computing * response_tokens / self.response_tokens
 
     def draw(self, random_state: int = 0, response_tokens: float | None = None) -> Callable[[int], float]:
-        """A function from a bundle's size to the seconds that one such bundle may take: as `seconds`, with
+        """A function from a batch's size to the seconds that one such batch may take: as `seconds`, with
         the spread that was measured. The median alone would make the slowest of 20 messages too fast."""
         generator = random.Random(random_state)
         return lambda size: self.seconds(size, response_tokens) * generator.choice(self.spread)
 
 
-def measured_bundle_times(runs: Sequence[Point | Records]) -> BundleTimes:
-    """The times of the bundles of several runs. Dead letters are left out: the model computed nothing for
+def measured_batch_times(runs: Sequence[Point | Records]) -> BatchTimes:
+    """The times of the batches of several runs. Dead letters are left out: the model computed nothing for
     them.
 
     Args:
         runs: as `sweep_rates` and `send_load` give them, from a rate at which messages come alone to one at
-            which bundles are full.
+            which batches are full.
 
     Raises:
         ValueError: nothing was answered.
     """
     every = [one if isinstance(one, Records) else one.records for one in runs]
-    bundles_in = [_bundles(records) for records in every]
-    turnaround = _turnaround(every, bundles_in)
+    batches_in = [_batches(records) for records in every]
+    turnaround = _turnaround(every, batches_in)
     seen_in = [
-        _seen(records, bundles, turnaround) for records, bundles in zip(every, bundles_in, strict=True)
+        _seen(records, batches, turnaround) for records, batches in zip(every, batches_in, strict=True)
     ]
-    seen = [bundle for bundles in seen_in for bundle in bundles]
+    seen = [batch for batches in seen_in for batch in batches]
     if not seen:
-        raise ValueError("no message was answered, so there are no bundles: see whether the job runs.")
+        raise ValueError("no message was answered, so there are no batches: see whether the job runs.")
     found = min((_fit(seen, cost) for cost in PER_ARRIVAL), key=lambda one: _error(one, seen))
     tokens = [
         int(text) + int(one.attributes.get(REASONING_TOKENS, 0))
@@ -153,7 +154,7 @@ def measured_bundle_times(runs: Sequence[Point | Records]) -> BundleTimes:
     # What the job counted is known of points alone.
     counted = [(one, seen) for one, seen in zip(runs, seen_in, strict=True) if not isinstance(one, Records)]
     computed = sum(point.batches * point.batch_seconds for point, _ in counted)
-    busy = sum(bundle.seconds for _, bundles in counted for bundle in bundles)
+    busy = sum(batch.seconds for _, batches in counted for batch in batches)
     factors = [one.seconds / _expected(found, one) for one in seen]
     return replace(
         found,
@@ -167,25 +168,25 @@ def measured_bundle_times(runs: Sequence[Point | Records]) -> BundleTimes:
 
 
 @dataclass(frozen=True)
-class _Bundle:
+class _Batch:
     size: int
     seconds: float
     arrivals: int  # of other messages, while it was answered
 
 
-def _turnaround(every: Sequence[Records], bundles_in: Sequence[list[list[Record]]]) -> float:
-    """The time after a bundle that tells best, of the messages that come while others wait already, which are
-    in the next bundle and which are not."""
+def _turnaround(every: Sequence[Records], batches_in: Sequence[list[list[Record]]]) -> float:
+    """The time after a batch that tells best, of the messages that come while others wait already, which are
+    in the next batch and which are not."""
     taken, left = [], []
-    for records, bundles in zip(every, bundles_in, strict=True):
-        for before, bundle in itertools.pairwise(bundles):
+    for records, batches in zip(every, batches_in, strict=True):
+        for before, batch in itertools.pairwise(batches):
             done = max(one.answered for one in before)
-            if min(one.sent for one in bundle) > done:
+            if min(one.sent for one in batch) > done:
                 continue  # nothing waited
-            last = max(one.answered for one in bundle)
+            last = max(one.answered for one in batch)
             if any(one.sent <= done and one.answered > last for one in records.answered):
                 continue  # there was no room for all that waited, let alone for what came
-            inside = {id(one) for one in bundle}
+            inside = {id(one) for one in batch}
             came = [one for one in records.answered if done < one.sent <= done + MOST_TURNAROUND]
             taken += [one.sent - done for one in came if id(one) in inside]
             left += [one.sent - done for one in came if id(one) not in inside]
@@ -195,21 +196,21 @@ def _turnaround(every: Sequence[Records], bundles_in: Sequence[list[list[Record]
     )
 
 
-def _seen(records: Records, bundles: list[list[Record]], turnaround: float) -> list[_Bundle]:
+def _seen(records: Records, batches: list[list[Record]], turnaround: float) -> list[_Batch]:
     sent = sorted(one.sent for one in records.messages)
     found, free = [], 0.0
-    for bundle in bundles:
-        done = max(one.answered for one in bundle)
-        began = max(free, min(one.sent for one in bundle))
+    for batch in batches:
+        done = max(one.answered for one in batch)
+        began = max(free, min(one.sent for one in batch))
         if done > began:
-            own = sum(one.sent > began for one in bundle)
+            own = sum(one.sent > began for one in batch)
             arrivals = bisect_right(sent, done) - bisect_right(sent, began) - own
-            found.append(_Bundle(len(bundle), done - began, arrivals))
+            found.append(_Batch(len(batch), done - began, arrivals))
         free = done + turnaround
     return found
 
 
-def _fit(seen: Sequence[_Bundle], per_arrival: float) -> BundleTimes:
+def _fit(seen: Sequence[_Batch], per_arrival: float) -> BatchTimes:
     """The medians of each class of sizes, if each arrival costs so much."""
     classes: dict[int, list[tuple[int, float]]] = {}
     for one in seen:
@@ -217,7 +218,7 @@ def _fit(seen: Sequence[_Bundle], per_arrival: float) -> BundleTimes:
         classes.setdefault((one.size - 1).bit_length(), []).append((one.size, alone))
     # The smallest size of a class is above those of the class before, and so the medians rise.
     pairs = [tuple(zip(*classes[one], strict=True)) for one in sorted(classes)]
-    return BundleTimes(
+    return BatchTimes(
         sizes=tuple(float(statistics.median(sizes)) for sizes, _ in pairs),
         times=tuple(statistics.median(times) for _, times in pairs),
         most=max(one.size for one in seen),
@@ -225,15 +226,15 @@ def _fit(seen: Sequence[_Bundle], per_arrival: float) -> BundleTimes:
     )
 
 
-def _expected(times: BundleTimes, one: _Bundle) -> float:
+def _expected(times: BatchTimes, one: _Batch) -> float:
     return times.seconds(one.size) + times.per_arrival * one.arrivals
 
 
-def _error(times: BundleTimes, seen: Sequence[_Bundle]) -> float:
+def _error(times: BatchTimes, seen: Sequence[_Batch]) -> float:
     return statistics.fmean(abs(one.seconds / _expected(times, one) - 1) for one in seen)
 
 
-def _bundles(records: Records) -> list[list[Record]]:
+def _batches(records: Records) -> list[list[Record]]:
     found: list[list[Record]] = []
     for one in sorted(records.answered, key=lambda one: one.answered):
         if found and one.answered - found[-1][-1].answered < TOGETHER_SECONDS:
