@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -228,6 +228,42 @@ def bench_batches(prompts: int, folder: Path) -> dict:
     }
 
 
+def bench_bundles(prompts: int, folder: Path) -> dict:
+    """The same prompts of the packaged model in bundles of one, each asked by a thread of its own or by four,
+    against one large bundle, and bundles of four, asked by one thread: seconds, alternating."""
+    from helpers.load_state_dict import convert
+    from helpers.model_handler import AnsweringOptions, LanguageModelHandler
+    from helpers.models import DEFAULT_MODEL
+
+    path = str(folder / "bundles.pt")
+    convert(DEFAULT_MODEL, path, progress=False)
+    answering = {"max_response_tokens": RESPONSE_TOKENS, "max_batch_size": prompts}
+    model = LanguageModelHandler(path, **answering).load_model()
+    options, asked = AnsweringOptions(**answering), mixed_prompts(prompts)
+    ways = {
+        "one_bundle": (1, prompts),
+        "bundles_of_one": (prompts, 1),
+        "fours": (1, 4),
+        "four_threads": (4, 1),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    model.ask(asked[:2], options)
+    for _ in range(ROUNDS):
+        for name, (threads, size) in ways.items():
+            bundles = [asked[start : start + size] for start in range(0, prompts, size)]
+            with ThreadPoolExecutor(threads) as harness:
+                started = time.perf_counter()
+                list(harness.map(lambda bundle: model.ask(bundle, options), bundles))
+                seconds[name].append(time.perf_counter() - started)
+    medians = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
+    return medians | {
+        "prompts": prompts,
+        "computed_by": f"{model.engine.name}, {model.engine.dtype}",
+        "bundles_of_one_ratio": medians["bundles_of_one_seconds"] / medians["one_bundle_seconds"],
+        "four_threads_ratio": medians["four_threads_seconds"] / medians["fours_seconds"],
+    }
+
+
 def bench_stream(seconds: float) -> dict:
     """A job on the local cloud, whose machine also sends, stores and delivers the messages: the most that it
     answers, and its latency at half of that.
@@ -285,7 +321,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"))
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer prompts: a smoke test")
     parser.add_argument(
-        "--only", nargs="+", choices=("conversion", "serving", "batches", "stream"), help="only these"
+        "--only",
+        nargs="+",
+        choices=("conversion", "serving", "batches", "bundles", "stream"),
+        help="only these",
     )
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -301,6 +340,7 @@ def main() -> None:
             "serving": lambda: bench_serving(model_name, Path(temporary)),
             "conversion": lambda: bench_conversion(model_name),
             "batches": lambda: bench_batches(16 if arguments.quick else 200, Path(temporary)),
+            "bundles": lambda: bench_bundles(16 if arguments.quick else 64, Path(temporary)),
             "stream": lambda: bench_stream(3 if arguments.quick else 12),
         }
         for name in arguments.only or sections:
