@@ -128,14 +128,14 @@ def test_a_broken_device_is_an_error_for_all_that_it_was_to_answer_and_not_for_e
     assert engine.ask([9])[0].text == "[9]"
 
 
+def interrupt_main_thread():
+    time.sleep(0.5)  # until it waits: Python misses a signal that comes just before a lock is waited for
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
 def test_what_nobody_waits_for_any_more_is_not_computed():
     engine = Engine()
-    interrupt = threading.Thread(
-        target=lambda: (
-            engine.waits_for(1),
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT),
-        )
-    )
+    interrupt = threading.Thread(target=lambda: (engine.waits_for(1), interrupt_main_thread()))
     first = threading.Thread(target=engine.ask, args=([1],))
     first.start()
     assert engine.has_begun.wait(SECONDS)
@@ -153,7 +153,7 @@ def test_a_batch_is_told_that_nobody_waits_for_it_any_more():
 
     def interrupt():
         assert engine.has_begun.wait(SECONDS)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        interrupt_main_thread()
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):

@@ -91,10 +91,7 @@ class Job:
 
     @property
     def url(self) -> str:
-        """The job's page in the Google Cloud console; on the local cloud, the command that watches it."""
-        if os.environ.get("LOCAL_CLOUD_PROJECT") == self.project:
-            where = f"--project={self.project} --region={self.location}"
-            return f"python -m helpers.dataflow watch {where} {self.job_id}"
+        """The job's page in the Google Cloud console."""
         page = f"https://console.cloud.google.com/dataflow/jobs/{self.location}/{self.job_id}"
         return f"{page}?project={self.project}"
 

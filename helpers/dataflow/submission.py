@@ -79,7 +79,7 @@ def submit(
         job = Job(cloud.project, cloud.region, result.job_id())
         log.info(
             "To watch the job: python -m helpers.dataflow watch --project=%s --region=%s %s\n"
-            "To end it, write drain for watch. Its page: %s",
+            "To end it, write drain for watch. Its page in Google Cloud's console: %s",
             *(job.project, job.location, job.job_id, job.url),
         )
     if max_run_minutes is not None:

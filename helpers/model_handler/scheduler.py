@@ -88,13 +88,13 @@ class Scheduler:
             Exception: the device is broken, and with it all that would follow.
         """
         requests = [_Request(ids, options) for ids in prompts]
-        with self._changed:
-            self._waiting += requests
-            self._changed.notify()
-            if self._waiting and not self._is_working:
-                self._is_working = True
-                engine_thread.submit(self._work)
         try:
+            with self._changed:
+                self._waiting += requests
+                self._changed.notify()
+                if self._waiting and not self._is_working:
+                    engine_thread.submit(self._work)
+                    self._is_working = True
             answers = [request.answer.result() for request in requests]
         except BaseException:  # an interrupt, for instance: nobody waits for the others any more
             for request in requests:
