@@ -119,7 +119,7 @@ def test_the_job_as_dataflow_has_it_was_made_for_a_language_model(cloud, model, 
         (pool,) = described.environment.worker_pools
         assert pool.machine_type == "n4-standard-2"
         assert (pool.num_workers, pool.autoscaling_settings.max_num_workers) == (1, 2)
-        assert (pool.disk_size_gb, pool.num_threads_per_worker) == (30, 4)
+        assert (pool.disk_size_gb, pool.num_threads_per_worker) == (30, 36)
         assert pool.worker_harness_container_image == "gcr.io/test-project/worker:1"
         assert "no_use_multiple_sdk_containers" in described.environment.experiments
         assert list(described.environment.service_options) == ["streaming_mode_at_least_once"]
