@@ -351,8 +351,8 @@ def test_prompts_of_many_threads_are_answered_as_each_alone_and_together(llama, 
     prompts = [f"{n % 11} times " * (1 + n % 4) for n in range(48)]
     alone = [next(iter(handler.run_inference([prompt], model))).inference for prompt in prompts]
     sizes = []
-    ask = model.generate
-    model.generate = lambda batch, *more: sizes.append(len(batch)) or ask(batch, *more)
+    compute = model.engine.generate
+    model.engine.generate = lambda batch, *more: sizes.append(len(batch)) or compute(batch, *more)
     with ThreadPoolExecutor(16) as pool:
         results = list(pool.map(lambda prompt: next(iter(handler.run_inference([prompt], model))), prompts))
     assert [result.inference for result in results] == alone

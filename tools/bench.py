@@ -180,19 +180,28 @@ def bench_conversion(model_name: str) -> dict:
     return bench_convert.bench(model_name, "float16", ROUNDS)
 
 
+def packaged_state_dict(folder: Path) -> tuple[str, str]:
+    """The packaged model's state dict, made once in a folder, and the folder for what is made of it."""
+    from helpers.load_state_dict import convert
+    from helpers.models import DEFAULT_MODEL
+
+    path = folder / "packaged.pt"
+    if not path.exists():
+        convert(DEFAULT_MODEL, path, progress=False)
+    return str(path), str(folder / "cache")
+
+
 def bench_batches(prompts: int, folder: Path) -> dict:
     """Tokens a second of the packaged model: one at a time in float32, in batches, and through a pipeline."""
     import apache_beam as beam
 
-    from helpers.load_state_dict import convert
     from helpers.measuring.throughput import timed_ask
     from helpers.model_handler import AnsweringOptions, LanguageModelHandler
     from helpers.model_handler.served_model import ModelSource
     from helpers.models import DEFAULT_MODEL
     from helpers.pipeline import AskModel
 
-    path, cache = str(folder / "packaged.pt"), str(folder / "cache")
-    convert(DEFAULT_MODEL, path, progress=False)
+    path, cache = packaged_state_dict(folder)
     asked, answering = mixed_prompts(prompts), {"max_response_tokens": 32}
 
     alone, _ = ModelSource(path, engine="torch", dtype="float32", cache_dir=cache).load()
@@ -231,13 +240,10 @@ def bench_batches(prompts: int, folder: Path) -> dict:
 def bench_bundles(prompts: int, folder: Path) -> dict:
     """The same prompts of the packaged model in bundles of one, each asked by a thread of its own or by four,
     against one large bundle, and bundles of four, asked by one thread: seconds, alternating."""
-    from helpers.load_state_dict import convert
     from helpers.model_handler import AnsweringOptions, LanguageModelHandler
-    from helpers.models import DEFAULT_MODEL
 
-    path = str(folder / "bundles.pt")
-    convert(DEFAULT_MODEL, path, progress=False)
-    answering = {"max_response_tokens": RESPONSE_TOKENS, "max_batch_size": prompts}
+    path, cache = packaged_state_dict(folder)
+    answering = {"max_response_tokens": RESPONSE_TOKENS, "max_batch_size": prompts, "cache_dir": cache}
     model = LanguageModelHandler(path, **answering).load_model()
     options, asked = AnsweringOptions(**answering), mixed_prompts(prompts)
     ways = {

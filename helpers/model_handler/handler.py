@@ -78,8 +78,8 @@ class LanguageModelHandler(ModelHandler[Prompt, PredictionResult, LanguageModel]
         """
         if self._options.torch_threads:
             threads = self._options.torch_threads
-            torch.set_num_threads(threads)
-            engine_thread.run(lambda: torch.set_num_threads(threads))  # one that has computed keeps its own
+            # New threads take it over; one that has computed keeps its own.
+            engine_thread.run(lambda: torch.set_num_threads(threads))
         language_model = serve(self._source, self._options.reload_seconds)
         language_model.check(self._options)
         if self._replaced:

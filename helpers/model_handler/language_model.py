@@ -68,11 +68,7 @@ class LanguageModel:
         self._named_marks = named_marks(tokenizer)
         self._checked_options: set[AnsweringOptions] = set()
         self._company: Company | None = None  # established when prompts first share a batch
-        self._scheduler = Scheduler(
-            lambda *arguments: self.generate(*arguments),
-            self._bears,
-            lambda: self.engine.mixing(),
-        )
+        self._scheduler = Scheduler(self.generate, self._bears, lambda: self.engine.mixing())
 
     @property
     def model(self) -> PreTrainedModel:

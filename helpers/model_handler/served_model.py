@@ -64,7 +64,8 @@ class ModelSource:
     engine: str | None = None
 
     def load(self) -> tuple[LanguageModel, Manifest]:
-        """Loads the model; returns it, and the manifest of the state dict that it was loaded from.
+        """Loads the model, in a thread that ends with it; returns it, and the manifest of the state dict that
+        it was loaded from.
 
         Raises:
             FileNotFoundError, PermissionError: the state dict cannot be read.
@@ -72,6 +73,9 @@ class ModelSource:
             CacheError, CompanionError, EngineError, LoadError, ModelError: it is damaged, its model is of no
                 use here, or the device or the engine is not there or cannot take the model.
         """
+        return engine_thread.run_apart(self._load)
+
+    def _load(self) -> tuple[LanguageModel, Manifest]:
         choice = choose(self.engine, self.device, self.dtype)
         # Before anything is fetched: another model's weights are of no use.
         read_manifest(self.state_dict_path).check_model(self.state_dict_path, self.model_name)
@@ -163,7 +167,7 @@ class _Served:
     def __init__(self, source: ModelSource) -> None:
         self._source = source
         with _timed("load_milliseconds"):
-            self.language_model, manifest = engine_thread.run_apart(source.load)
+            self.language_model, manifest = source.load()
         self._version, self._refused = manifest.version, ""
         self.is_watched = False
         _count("models_loaded", 1)
@@ -179,7 +183,7 @@ class _Served:
             if read_manifest(path).version in (self._version, self._refused):
                 return
             with _timed("load_milliseconds"):
-                new, manifest = engine_thread.run_apart(self._source.load)
+                new, manifest = self._source.load()
             try:
                 self.language_model.take_over(new)
             except OtherModelError:

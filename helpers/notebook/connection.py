@@ -78,8 +78,8 @@ def connect(project: str = "", location: str = "us-central1", bucket: str = "") 
     _check(project, location, bucket)
     if shell := _shell():
         check_types(shell.user_ns)
+        keep_temporary_files()
     quiet()
-    keep_temporary_files()
     is_local = not project
     if is_local and _google_project:
         # Clients that exist already would go on talking to Google.

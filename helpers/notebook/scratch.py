@@ -13,17 +13,20 @@ from pathlib import Path
 def scratch_folder() -> Path:
     """A folder for files that this notebook needs while it runs; it goes with the kernel, or by
     `clean_up`."""
-    folder = tempfile.mkdtemp(prefix="streaming-llm-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return Path(_temporary_folder())
 
 
 @cache
 def keep_temporary_files() -> None:
     """Puts this kernel's temporary files into one folder that goes with it: Beam leaves a folder of each
     pipeline that a notebook makes."""
-    tempfile.tempdir = tempfile.mkdtemp(prefix="streaming-llm-")
-    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+    tempfile.tempdir = _temporary_folder()
+
+
+def _temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="streaming-llm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def clean_up() -> None:

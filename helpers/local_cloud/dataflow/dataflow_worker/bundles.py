@@ -18,7 +18,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.coders import BytesCoder, WindowedValueCoder
 from apache_beam.coders.coders import GlobalWindowCoder
-from apache_beam.portability.api import beam_fn_api_pb2
+from apache_beam.portability.api import beam_fn_api_pb2, beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import (
     execution,
     fn_runner,
@@ -73,14 +73,12 @@ class Stage:
     def __init__(self, pipeline: Any, source: graph.Source, threads: int = 1):
         graph.replace_source_by_impulse(pipeline, source.transform_id, _ReadBundle())
         graph.leave_out_reshuffles(pipeline)
-        graph.make_bounded(pipeline)
         graph.use_this_process(pipeline)
         if not graph.is_one_stage(pipeline):
             raise ValueError(NOT_IMITATED)
         context, (stage,) = translations.create_and_optimize_stages(
             pipeline,
             phases=[
-                translations.annotate_downstream_side_inputs,
                 _fuse_all,
                 translations.impulse_to_input,
                 translations.populate_data_channel_coders,
@@ -88,7 +86,8 @@ class Stage:
             known_runner_urns=frozenset(),
         )
         self._manager = worker_handlers.WorkerHandlerManager(
-            context.components.environments, fn_runner.FnApiRunner()._provision_info
+            context.components.environments,
+            fn_runner.ExtendedProvisionInfo(beam_provision_api_pb2.ProvisionInfo()),
         )
         running = execution.FnApiRunnerExecutionContext(
             [stage],
@@ -104,6 +103,7 @@ class Stage:
         bundles = running.bundle_manager_for(stage)
         self._manager.register_process_bundle_descriptor(bundles.process_bundle_descriptor)
         self._descriptor = bundles.process_bundle_descriptor.id
+        self.threads = threads
         # A harness in memory mixes up the data of bundles that it processes at once: one for each thread.
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for harness in bundles.worker_handlers:
@@ -142,8 +142,8 @@ class Stage:
         self._manager.close_all()
 
 
-def run(stage: Stage, threads: int, intake: Intake, service: Service) -> None:
-    """Takes in messages, in so many threads, until the job is drained."""
+def run(stage: Stage, intake: Intake, service: Service) -> None:
+    """Takes in messages, in as many threads as the stage has, until the job is drained."""
     failed: list[BaseException] = []
 
     def work() -> None:
@@ -153,7 +153,7 @@ def run(stage: Stage, threads: int, intake: Intake, service: Service) -> None:
             failed.append(error)
             service.draining.set()
 
-    harness = [threading.Thread(target=work, name=f"harness-{number}") for number in range(threads)]
+    harness = [threading.Thread(target=work, name=f"harness-{number}") for number in range(stage.threads)]
     service.running(subscriptions=intake.own_subscriptions)
     for thread in harness:
         thread.start()

@@ -15,7 +15,6 @@ IMPULSE = "beam:transform:impulse:v1"
 PAR_DO = "beam:transform:pardo:v1"
 FLATTEN = "beam:transform:flatten:v1"
 RESHUFFLE = "beam:transform:reshuffle:v1"
-COMPOSITE = "beam:transform:generic_composite:v1"
 
 # Names of what is added to a graph; Beam's own begin with "ref_" or "external_".
 _CODER = "local_bytes_coder"
@@ -87,12 +86,6 @@ def use_this_process(pipeline: Any) -> None:
     for environment in pipeline.components.environments.values():
         environment.Clear()
         environment.urn = python_urns.EMBEDDED_PYTHON
-
-
-def make_bounded(pipeline: Any) -> None:
-    """Declares every collection bounded, as the batch runner requires."""
-    for collection in pipeline.components.pcollections.values():
-        collection.is_bounded = beam_runner_api_pb2.IsBounded.BOUNDED
 
 
 def is_one_stage(pipeline: Any) -> bool:
@@ -167,20 +160,7 @@ def replace_source_by_impulse(pipeline: Any, id_: str, read: beam.DoFn) -> None:
         pipeline.root_transform_ids.insert(0, _SOURCE)
     components.transforms[id_].spec.CopyFrom(_par_do(read))
     components.transforms[id_].environment_id = next(iter(components.environments))
-    _consume(pipeline, id_, collection)
-
-
-def _consume(pipeline: Any, id_: str, collection: str) -> None:
-    """Makes a collection the input of a transform and of the composites around it."""
-    transforms = pipeline.components.transforms
-    transforms[id_].inputs["0"] = collection
-    parents = {child: parent for parent, t in transforms.items() for child in t.subtransforms}
-    parent = parents.get(id_)
-    while parent in parents or (parent and parent not in pipeline.root_transform_ids):
-        transforms[parent].inputs[f"messages_of_{id_}"] = collection
-        # Otherwise a runner that knows ReadFromPubSub would replace the composite with its own read.
-        transforms[parent].spec.CopyFrom(beam_runner_api_pb2.FunctionSpec(urn=COMPOSITE))
-        parent = parents.get(parent)
+    components.transforms[id_].inputs["0"] = collection
 
 
 def _par_do(function: beam.DoFn) -> Any:

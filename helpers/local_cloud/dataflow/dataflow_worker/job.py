@@ -48,9 +48,8 @@ class Job:
         if self._streaming:
             source = self._source()
             graph.replace_sinks(self._pipeline, Publish)
-            debug = self._options.view_as(DebugOptions)
-            self._threads = debug.number_of_worker_harness_threads or HARNESS_THREADS
-            self._stage = bundles.Stage(self._pipeline, source, self._threads)
+            threads = self._options.view_as(DebugOptions).number_of_worker_harness_threads
+            self._stage = bundles.Stage(self._pipeline, source, threads or HARNESS_THREADS)
             self._intake = Intake(source, settings["name"])
 
     def run(self) -> int:
@@ -60,7 +59,7 @@ class Job:
         self._service.before_exit(self._intake.close)
         self._service.before_exit(self._intake.give_back_all)
         try:
-            bundles.run(self._stage, self._threads, self._intake, self._service)
+            bundles.run(self._stage, self._intake, self._service)
         except BaseException as error:
             self._service.error(error, "The pipeline failed.")
             return BROKEN
